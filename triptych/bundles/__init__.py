@@ -1,0 +1,1 @@
+"""Weight bundles: a manifest, verified safetensors, and where to find them."""

@@ -1,0 +1,1 @@
+"""Pictures: files, foreground, prepared view sets, view sheets. Import from the modules."""

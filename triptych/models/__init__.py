@@ -1,0 +1,1 @@
+"""The networks. Import the module you need: `structure_vae`, `structure_flow`, `blocks`."""

@@ -1,0 +1,1 @@
+"""Samplers and training helpers of rectified flows."""

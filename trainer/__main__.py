@@ -1,0 +1,134 @@
+"""python -m trainer {prepare, train, resume, evaluate, export}.
+
+Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
+(one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
+
+Several processes: ``accelerate launch --multi_gpu --num_processes N -m trainer train ...``; on CPUs the same with
+``--device cpu`` after the trainer's arguments (accelerate's own --cpu starts one process unless MPI is installed).
+
+Heavy imports wait for the command that needs them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from triptych.errors import TriptychError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser(arguments).parse_args(arguments)
+    try:
+        return int(args.command(args) or 0)
+    except TriptychError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a folder without permission: the operating system says it best
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{place}: nothing that was saved is lost", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("error: interrupted; what was saved before is intact", file=sys.stderr)
+        return 130
+    return 1
+
+
+def _train(args: argparse.Namespace) -> None:
+    from trainer.config import apply_overrides
+    from trainer.loop import train
+    from trainer.recipes import build_recipe
+
+    config = apply_overrides(build_recipe(args.recipe), args.set)
+    run_dir = args.run_dir or Path("runs") / config.name
+    _say(train(config, run_dir, recipe=args.recipe, device=args.device))
+
+
+def _resume(args: argparse.Namespace) -> None:
+    from trainer.config import apply_overrides
+    from trainer.loop import train
+    from trainer.runs import check_resume, find_run, read_run, run_lock, write_run
+
+    run_dir = find_run(args.run)
+    saved, recipe = read_run(run_dir)
+    config = apply_overrides(saved, args.set)
+    changed = check_resume(saved, config)
+    if changed and _is_main_process():
+        with run_lock(run_dir, enabled=True):
+            write_run(run_dir, config, recipe)
+        _say(f"changed: {', '.join(changed)}")
+    _say(train(config, run_dir, recipe=recipe, device=args.device))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from trainer.loop import evaluate, open_trained
+    from trainer.runs import find_run
+
+    run, checkpoint = open_trained(find_run(args.run), args.checkpoint, args.device)
+    print(json.dumps({"run": str(run.run_dir), "step": checkpoint.step, **evaluate(run)}, indent=1))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from trainer.loop import export
+    from trainer.runs import find_run
+
+    provenance = export(find_run(args.run), args.out, args.checkpoint, args.device)
+    _say(f"exported step {provenance['step']} to {args.out}")
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from trainer.prepare.run import main as prepare
+
+    return int(prepare(args) or 0)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # the launcher sets it; accelerate is not loaded yet
+
+
+def _say(sentence: str) -> None:
+    if _is_main_process():
+        print(sentence, flush=True)
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Trains the networks of Triptych.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="turn folders of 3D objects into training data")
+    prepare.set_defaults(command=_prepare)
+    if "prepare" in arguments[:1]:
+        from trainer.prepare.run import add_arguments
+
+        add_arguments(prepare)
+
+    train = commands.add_parser("train", help="train a recipe, or go on with the same run")
+    train.add_argument("recipe", help="a recipe's name, or module:function")
+    train.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/NAME)")
+    train.set_defaults(command=_train)
+
+    resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
+    resume.set_defaults(command=_resume)
+    evaluate = commands.add_parser("evaluate", help="validate a run's EMA weights and print JSON")
+    evaluate.set_defaults(command=_evaluate)
+    export = commands.add_parser("export", help="write a run's EMA weights as bundle components")
+    export.add_argument("--out", type=Path, required=True, help="a new or empty folder")
+    export.set_defaults(command=_export)
+
+    for command in (resume, evaluate, export):
+        command.add_argument("run", help="a run folder, or its name under runs/")
+    for command in (evaluate, export):
+        command.add_argument("--checkpoint", default="last", help="last (default), best, or a step number")
+    for command in (train, resume):
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override one config value"
+        )
+    for command in (train, resume, evaluate, export):
+        command.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

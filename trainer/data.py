@@ -1,0 +1,139 @@
+"""Prepared data, read sample by sample, and the augmentation that training adds.
+
+All augmentation draws from the generator it is given, so that a training sample is a function of (index, seed).
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from triptych.errors import TriptychError
+from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera
+
+
+class PreparedData:
+    """One split of a prepared folder. Items are ``dict(albedo, normal, sdf)`` of numpy arrays, see prepare/build.py."""
+
+    def __init__(self, folder: str | Path, split: str = "train") -> None:
+        self.folder = Path(folder)
+        path = self.folder / "index.json"
+        if not path.is_file():
+            raise TriptychError(f"{path} is missing: run `python -m trainer prepare SOURCE --out {folder}` first")
+        index = json.loads(path.read_text(encoding="utf-8"))
+        self.options: dict = index["options"]
+        self.records = [r for r in index["records"] if r["status"] == "ok" and r["split"] == split]
+        self.rows = [(r["shard"], row, r) for r in self.records for row in r["rows"]]
+        if not self.rows:
+            raise TriptychError(f"{folder} has no objects in the split {split!r}: prepare more objects")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        shard, row, _ = self.rows[index]
+        handle = _open(str(self.folder / "shards" / f"{shard}.safetensors"))
+        return {key: handle.get_slice(key)[row] for key in ("albedo", "normal", "sdf")}
+
+    def field(self, index: int) -> np.ndarray:
+        """The solid alone: (R, R, R) int8."""
+        shard, row, _ = self.rows[index]
+        return _open(str(self.folder / "shards" / f"{shard}.safetensors")).get_slice("sdf")[row]
+
+
+@lru_cache(maxsize=1024)
+def _open(path: str):
+    return safe_open(path, framework="numpy")
+
+
+def quarter_turn(sample: dict[str, np.ndarray], turns: int) -> dict[str, np.ndarray]:
+    """The object turned by ``turns`` x 90 degrees about +Y (front towards the subject's left).
+
+    Views must be the four of the rig in order; normals are bytes, 0-255 for -1..1; the volume is indexed [x, y, z].
+    """
+    turns %= 4
+    if turns == 0:
+        return sample
+    volume, normal = sample["sdf"], np.roll(sample["normal"], turns, axis=0)
+    for _ in range(turns):
+        volume = volume.transpose(2, 1, 0)[:, :, ::-1]
+        normal = np.stack([normal[..., 2], normal[..., 1], 255 - normal[..., 0]], axis=-1)
+    return {"albedo": np.roll(sample["albedo"], turns, axis=0), "normal": normal, "sdf": volume}
+
+
+def mirrored(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The object mirrored in x: left and right views change places, every picture is flipped."""
+    order = [0, 3, 2, 1]
+    normal = sample["normal"][order][:, :, ::-1]
+    normal = np.concatenate([255 - normal[..., :1], normal[..., 1:]], axis=-1)
+    return {"albedo": sample["albedo"][order][:, :, ::-1], "normal": normal, "sdf": sample["sdf"][::-1]}
+
+
+def soft_occupancy(sdf: torch.Tensor, band: float, softness: float = 0.4) -> torch.Tensor:
+    """Quantised signed distance (int8, +-127 = ``band`` voxels) -> occupancy 0-1, a sigmoid ``softness`` voxels wide.
+
+    Beyond the band it is exactly 0 or 1. Its logit is linear in the distance near the surface, so a decoder trained
+    on it has an isosurface with sub-voxel accuracy.
+    """
+    distance = sdf.float() * (band / 127)
+    soft = torch.sigmoid(-distance / softness)
+    return torch.where(sdf.abs() == 127, (sdf < 0).float(), soft)
+
+
+_ROTATIONS = torch.stack([Camera(azimuth).rotation() for azimuth in VIEW_AZIMUTHS_DEG])
+
+
+def _to_linear(srgb: torch.Tensor) -> torch.Tensor:
+    return srgb.clamp(0, 1) ** 2.2
+
+
+def relight(albedo: np.ndarray, normal: np.ndarray, generator: np.random.Generator) -> torch.Tensor:
+    """Shaded pictures of the rig's views under random light and colour.
+
+    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame. Returns (4, 4, S, S) float32 RGBA, sRGB 0-1,
+    straight alpha. One light serves all views; it turns with the camera or stands in the world, half and half. Light,
+    ambient share, exposure, hue, saturation and contrast vary; one in ten is unshaded.
+    """
+    colour = torch.from_numpy(np.ascontiguousarray(albedo)).permute(0, 3, 1, 2).float() / 255
+    alpha, rgb = colour[:, 3:], colour[:, :3]
+    world = torch.from_numpy(np.ascontiguousarray(normal)).permute(0, 3, 1, 2).float() * (2 / 255) - 1
+    draw = generator.uniform
+    linear = _to_linear(_recolour(rgb, generator))
+    if draw() < 0.9:
+        key = torch.tensor([draw(-1, 1), draw(-0.2, 1.2), draw(0.2, 1.2)], dtype=torch.float32)
+        key = torch.nn.functional.normalize(key, dim=0)
+        turns = draw() < 0.5
+        directions = torch.stack([r.T @ key if turns else _ROTATIONS[0].T @ key for r in _ROTATIONS])
+        back = _ROTATIONS[:, 2]
+        lambert = torch.einsum("vchw,vc->vhw", world, directions).clamp_min(0)
+        head = torch.einsum("vchw,vc->vhw", world, back).clamp_min(0)
+        sky = 0.5 + 0.5 * world[:, 1]
+        parts = generator.dirichlet((1.5, 1.5, 1.0, 0.7)).tolist()
+        shade = parts[0] * lambert + parts[1] * head + parts[2] * sky + parts[3]
+        linear = linear * (shade * draw(0.8, 1.5))[:, None]
+        if draw() < 0.3:
+            half = torch.nn.functional.normalize(directions + back, dim=1)
+            gloss = torch.einsum("vchw,vc->vhw", world, half).clamp_min(0) ** draw(8, 60)
+            linear = linear + draw(0.05, 0.5) * gloss[:, None]
+    rgb = linear.clamp(0, 1) ** (1 / 2.2)
+    if draw() < 0.3:
+        noise = torch.from_numpy(generator.standard_normal(rgb.shape, dtype=np.float32))
+        rgb = rgb + draw(0.0, 0.03) * noise
+    return torch.cat([rgb.clamp(0, 1), alpha], dim=1)
+
+
+def _recolour(rgb: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+    """Random channel order, tint, saturation and contrast; one in five becomes nearly one colour."""
+    draw = generator.uniform
+    rgb = rgb[:, generator.permutation(3).tolist()]
+    grey = rgb.mean(dim=1, keepdim=True)
+    rgb = grey + (rgb - grey) * draw(0.3, 1.2)
+    if draw() < 0.2:
+        flat = torch.from_numpy(generator.uniform(0.15, 1, 3).astype(np.float32))[:, None, None]
+        rgb = flat + (rgb - 0.5) * draw(0.0, 0.3)
+    return (rgb * draw(0.7, 1.2) + draw(-0.1, 0.15)).clamp(0, 1)

@@ -1,0 +1,140 @@
+"""UV unwrapping with xatlas: charts grown greedily over the surface, flattened, and packed into one square texture.
+
+Vertices and faces keep their order: the layout comes back as corner UV (``uv`` and ``uv_faces``), so an OBJ written
+from the mesh stays welded across the seams. The same mesh gives the same layout, bit for bit.
+
+Options, chosen by measurement on noisy isosurfaces (two CPU cores): one chart iteration and the random packer take
+1-2.5 s at 20,000-27,000 faces, about 6 s at 100,000; brute-force packing multiplies that for a few per cent of
+utilisation. A lower chart cost makes no difference in time; the default of 2 keeps the stretch low.
+
+xatlas picks its own scale and overshoots the resolution it is asked for (by 25 % on a thousand charts), which would
+shrink the gutter between charts by as much: the padding is asked for with that reserve, and the report states the
+gutter that came out. Not covered: keeping artists' seams, symmetric layouts, several texture pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import TriptychError
+from .mesh import Mesh
+
+TEXTURE_SIZE_RANGE = (64, 8192)  # texels
+MAX_UNWRAP_FACES = 1_000_000  # about a minute; beyond that decimate first
+_SIZE_RESERVE = 1.3  # xatlas's overshoot over the resolution it is asked for
+
+
+@dataclass(frozen=True)
+class UnwrapReport:
+    """What the unwrap made: charts; share of the texture square covered by charts, 0-1; the smallest gutter between
+    two charts in texels; faces without a place of their own, which are those without an area."""
+
+    charts: int
+    utilisation: float
+    gutter_texels: float
+    unplaced_faces: int
+
+
+def check_texture_size(texture_size: int) -> int:
+    """Raises TriptychError unless the side of the texture, in texels, lies in 64-8192."""
+    low, high = TEXTURE_SIZE_RANGE
+    if not low <= texture_size <= high or int(texture_size) != texture_size:
+        raise TriptychError(f"the texture size is {texture_size}: choose a whole number from {low} to {high} texels")
+    return int(texture_size)
+
+
+def unwrap(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3) -> Mesh:
+    """``mesh`` with a fresh one-to-one UV layout in [0, 1]^2, in ``uv`` (T, 2) float32 and ``uv_faces`` (F, 3) int64.
+
+    texture_size: side in texels, 64-8192, that the gutter is meant for. padding: gutter between charts in texels.
+    Geometry, colours and materials are kept. Raises TriptychError for an empty mesh, non-finite vertices, indices
+    out of range, more than a million faces, or when no face has an area.
+    """
+    return unwrap_with_report(mesh, texture_size=texture_size, padding=padding)[0]
+
+
+def unwrap_with_report(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3) -> tuple[Mesh, UnwrapReport]:
+    """As ``unwrap``, with the numbers."""
+    check_texture_size(texture_size)
+    if not 0 <= padding <= 64:
+        raise TriptychError(f"the UV padding is {padding}: choose 0 to 64 texels")
+    _check_mesh(mesh)
+    import xatlas  # here, so that reading a mesh never waits for it
+
+    # Scaled to a unit box: xatlas compares areas and lengths with absolute epsilons.
+    vertices = mesh.vertices.astype(np.float64)
+    low, extent = vertices.min(axis=0), np.ptp(vertices, axis=0).max()
+    atlas = xatlas.Atlas()
+    unit_vertices = np.ascontiguousarray((vertices - low) / extent, dtype=np.float32)
+    atlas.add_mesh(unit_vertices, np.ascontiguousarray(mesh.faces, dtype=np.uint32))
+    charts, pack = xatlas.ChartOptions(), xatlas.PackOptions()
+    charts.max_iterations = 1
+    pack.bruteForce = False
+    pack.bilinear = True  # a texel of reserve for bilinear sampling, besides the padding
+    pack.resolution = texture_size
+    pack.padding = int(np.ceil(padding * _SIZE_RESERVE))
+    atlas.generate(charts, pack)
+    if atlas.atlas_count != 1 or atlas.width == 0 or atlas.height == 0:
+        raise TriptychError(
+            f"the UV unwrap made {atlas.atlas_count} texture pages of {atlas.width} x {atlas.height} texels instead of"
+            " one: the mesh has no face with an area, so clean it up first"
+        )
+    _, uv_faces, uv = atlas[0]
+    uv = _square(uv, atlas.width, atlas.height)
+    uv_faces = uv_faces.astype(np.int64)
+    unplaced = _unplaced(uv[uv_faces])
+    uv_faces = _place_degenerate(mesh.faces, uv_faces, unplaced)
+    side = max(atlas.width, atlas.height)
+    report = UnwrapReport(
+        charts=int(atlas.chart_count),
+        utilisation=float(_signed_area(uv[uv_faces][~unplaced]).sum()),
+        gutter_texels=float(pack.padding * texture_size / side),
+        unplaced_faces=int(unplaced.sum()),
+    )
+    return mesh.replace(uv=uv, uv_faces=uv_faces), report
+
+
+def _check_mesh(mesh: Mesh) -> None:
+    if len(mesh.faces) == 0:
+        raise TriptychError("the mesh has no faces: nothing to unwrap")
+    if len(mesh.faces) > MAX_UNWRAP_FACES:
+        raise TriptychError(
+            f"the mesh has {len(mesh.faces)} faces and UV unwrapping takes {MAX_UNWRAP_FACES}: decimate it first"
+        )
+    if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
+        raise TriptychError(f"a face names vertex {mesh.faces.max()} of {len(mesh.vertices)}: the mesh is broken")
+    if not np.isfinite(mesh.vertices).all():
+        raise TriptychError("the mesh has vertices that are not finite numbers: clean it up before unwrapping")
+    if mesh.face_normals().any(axis=1).sum() == 0:
+        raise TriptychError(f"none of the mesh's {len(mesh.faces)} faces has an area: nothing to unwrap")
+
+
+def _square(uv: np.ndarray, width: int, height: int) -> np.ndarray:
+    """xatlas scales each axis by its own side; one scale for both keeps texels square."""
+    scale = np.array([width, height], np.float32) / max(width, height)
+    return np.clip(np.nan_to_num(uv.astype(np.float32)) * scale, 0.0, 1.0)
+
+
+def _signed_area(uv_F32: np.ndarray) -> np.ndarray:
+    a, b = uv_F32[:, 1] - uv_F32[:, 0], uv_F32[:, 2] - uv_F32[:, 0]
+    return np.abs(a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).astype(np.float64) / 2
+
+
+def _unplaced(uv_F32: np.ndarray) -> np.ndarray:
+    """xatlas leaves the faces that it ignores at the origin."""
+    return (uv_F32 == 0).all(axis=(1, 2))
+
+
+def _place_degenerate(faces: np.ndarray, uv_faces: np.ndarray, unplaced: np.ndarray) -> np.ndarray:
+    """A face without an area shrinks to one point of the layout, some place of one of its vertices: corners in
+    different charts would draw a line across the texture."""
+    if not unplaced.any():
+        return uv_faces
+    place_of_vertex = np.full(faces.max() + 1, -1, np.int64)
+    place_of_vertex[faces[~unplaced].ravel()] = uv_faces[~unplaced].ravel()
+    place = place_of_vertex[faces[unplaced]].max(axis=1, keepdims=True)
+    result = uv_faces.copy()
+    result[unplaced] = np.where(place >= 0, place, uv_faces[unplaced][:, :1])
+    return result
