@@ -22,21 +22,24 @@ import trimesh
 from triptych.geometry.cameras import rig_cameras
 from triptych.geometry.mesh import Mesh
 from triptych.geometry.uv import unwrap_with_report
+from triptych.render.inpaint import split_long_edges
 from triptych.render.texture import bake_texture, vertex_colours_from_views
 from triptych.render.views import render_views
 
 BETWEEN = (45.0, 135.0, 225.0, 315.0)
 
 
-def patterned_object() -> Mesh:
-    """A bumpy solid of 20,480 faces with bands and spots finer than its faces would show by themselves."""
+def patterned_object() -> tuple[Mesh, Mesh]:
+    """A bumpy solid of 20,480 faces, bare; and the same surface cut finer, with a pattern of a few face widths."""
     ball = trimesh.creation.icosphere(5)
     p = ball.vertices
     bump = 1 + 0.12 * np.sin(6 * p[:, [1]]) + 0.06 * np.sin(17 * p[:, [0]] + 3 * p[:, [2]])
-    colours = np.stack([0.5 + 0.4 * np.sin(f * p @ d) for f, d in zip((9, 14, 23), np.eye(3), strict=True)], axis=1)
-    colours = np.concatenate([colours, np.ones((len(p), 1))], axis=1)
-    mesh = Mesh((p * bump).astype(np.float32), ball.faces.astype(np.int64), colors=colours.astype(np.float32))
-    return mesh.normalized()
+    bare = Mesh((p * bump).astype(np.float32), ball.faces.astype(np.int64)).normalized()
+    corners = bare.vertices[bare.faces]
+    vertices, faces, _ = split_long_edges(bare.vertices, bare.faces, corners, max_edge=0.006, max_faces=200_000)
+    waves = [0.5 + 0.4 * np.sin(f * vertices @ d) for f, d in zip((60, 90, 140), np.eye(3), strict=True)]
+    colours = np.stack([*waves, np.ones(len(vertices))], axis=1).astype(np.float32)
+    return bare, Mesh(vertices, faces, colors=colours)
 
 
 def views_of(mesh: Mesh, size: int, azimuths_deg: tuple[float, ...] = (0.0, 90.0, 180.0, 270.0)) -> SimpleNamespace:
@@ -68,16 +71,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    source = patterned_object()
+    bare, source = patterned_object()
     views, between = views_of(source, args.view_size), views_of(source, args.view_size, BETWEEN)
-    bare = Mesh(source.vertices, source.faces)
     (mesh, layout), unwrap_s = timed(unwrap_with_report, bare, texture_size=args.size)
     (baked, report), bake_s = timed(bake_texture, mesh, views, args.size)
     coloured, vertex_s = timed(vertex_colours_from_views, bare, views)
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}, {commit}")
-    print(f"{len(source.faces)} faces, 4 views of {args.view_size}, texture {args.size}: {layout}")
+    print(f"{len(bare.faces)} faces, 4 views of {args.view_size}, texture {args.size}: {layout}")
     print(f"{report}")
     print(f"unwrap (xatlas)   {unwrap_s:6.2f} s")
     print(f"bake the texture  {bake_s:6.2f} s = {bake_s / unwrap_s:.2f} x the unwrap")

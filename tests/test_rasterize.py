@@ -18,7 +18,7 @@ from triptych.render.backends import choose_backend
 from triptych.render.rasterize import antialias, barycentrics_from, interpolate, rasterize
 
 PERSPECTIVE = Camera(azimuth_deg=30, elevation_deg=20, radius=2.0, half_extent=None, fov_deg=40)
-REAL_OBJECTS = ("eval/ycb/072_d_toy_airplane.glb", "eval/gso/Android_Figure_Orange.glb", "eval/gso/Wishbone_Pencil_Case.glb")
+REAL_OBJECTS = ("ycb/072_d_toy_airplane.glb", "gso/Android_Figure_Orange.glb", "gso/Wishbone_Pencil_Case.glb")
 
 
 def screen(points: list[list[float]], width: int, height: int, depth: float = 1.0) -> torch.Tensor:
@@ -70,8 +70,8 @@ def test_a_tessellated_quad_covers_every_pixel(whole: bool):
 def test_unwelded_fan_has_no_cracks():
     angles = np.sort(np.random.default_rng(1).uniform(0, 2 * np.pi, 300))
     centre, rim = np.array([31.37, 30.81]), np.stack([np.cos(angles), np.sin(angles)], 1) * 200
-    corners = np.stack([np.broadcast_to(centre, rim.shape), centre + rim, centre + np.roll(rim, -1, 0)], 1).reshape(-1, 2)
-    fragments = rasterize(screen(corners.tolist(), 64, 64), torch.arange(900).view(-1, 3), 64, 64)
+    corners = np.stack([np.broadcast_to(centre, rim.shape), centre + rim, centre + np.roll(rim, -1, 0)], axis=1)
+    fragments = rasterize(screen(corners.reshape(-1, 2).tolist(), 64, 64), torch.arange(900).view(-1, 3), 64, 64)
     assert (fragments.triangle_id >= 0).all()
 
 
@@ -149,7 +149,7 @@ def test_agrees_with_ray_casting_on_real_scans(data_dir, name: str, camera: Came
     pytest.importorskip("embreex", reason="embreex casts the rays to compare with: pip install embreex")
     from trimesh.ray.ray_pyembree import RayMeshIntersector
 
-    mesh = trimesh.load(data_dir / "objects" / name, force="mesh", process=False)
+    mesh = trimesh.load(data_dir / "objects" / "eval" / name, force="mesh", process=False)
     size = 192
     _, fragments = draw(mesh.vertices, mesh.faces, [camera], size)
     origins, directions = (ray.reshape(-1, 3).double().numpy() for ray in camera.rays(size))
@@ -212,9 +212,9 @@ def test_full_screen_triangles_stay_within_bounded_memory(monkeypatch):
 
     monkeypatch.setattr(module, "_expand", watched)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fragments = rasterize(clip, faces[:60], size, size)  # 60 x 512 x 512 = 16 M pairs
+    fragments = rasterize(clip, faces[:24], size, size)  # 24 x 512 x 512 = 6 M pixels
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 if sys.platform == "darwin" else 1024)
-    assert (fragments.triangle_id == 59).all()
+    assert (fragments.triangle_id == 23).all()
     assert largest <= module.PIXELS_PER_CHUNK + size
     assert grown < (400 if sys.platform != "darwin" else 400 * 1024**2)
 
@@ -317,10 +317,10 @@ def test_a_translation_is_recovered_from_a_silhouette():
     truth = torch.tensor([0.11, -0.07, 0.0])
     target = coverage(vertices + truth, faces)
     shift = torch.zeros(3, requires_grad=True)
-    optimizer = torch.optim.Adam([shift], lr=0.02)
+    optimizer = torch.optim.Adam([shift], lr=0.03)
     losses = []
-    for step in range(60):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 60)
+    for step in range(40):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 40)
         drawn = coverage(vertices + shift, faces)
         loss = 1 - (drawn * target).sum() / (drawn + target - drawn * target).sum()
         optimizer.zero_grad()

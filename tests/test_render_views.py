@@ -15,9 +15,8 @@ from triptych.render.sheets import contact_sheet, turntable_sheet
 from triptych.render.views import linear_to_srgb, render_mesh, render_views, shade, srgb_to_linear
 
 CORNERS = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)], dtype=np.float32)
-CUBE = np.array(
-    [[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]]
-)
+SIDES = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+CUBE = np.array([[q[0], q[i], q[i + 1]] for q in SIDES for i in (1, 2)])
 PERSPECTIVE = Camera(azimuth_deg=20, elevation_deg=25, radius=2.5, half_extent=None, fov_deg=40)
 RED, GREEN, BLUE = (1.0, 0.0, 0.0, 1.0), (0.0, 1.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)
 
@@ -38,8 +37,9 @@ def join(*parts: Mesh) -> Mesh:
 def jack() -> Mesh:
     """A grey cube with a red arm to +X, a green one to +Y and a blue one to +Z."""
     grey = box((0, 0, 0), (0.2, 0.2, 0.2), (0.5, 0.5, 0.5, 1))
-    arms = [((0.3, 0, 0), (0.4, 0.1, 0.1), RED), ((0, 0.3, 0), (0.1, 0.4, 0.1), GREEN), ((0, 0, 0.3), (0.1, 0.1, 0.4), BLUE)]
-    return join(grey, *(box(*arm) for arm in arms))
+    red = box((0.3, 0, 0), (0.4, 0.1, 0.1), RED)
+    green = box((0, 0.3, 0), (0.1, 0.4, 0.1), GREEN)
+    return join(grey, red, green, box((0, 0, 0.3), (0.1, 0.1, 0.4), BLUE))
 
 
 def quad(**changes) -> Mesh:
@@ -78,7 +78,7 @@ def test_left_is_left_and_up_is_up():
 
 def test_depth_is_measured_along_the_view_axis():
     views = render_views(jack(), rig_cameras(), 64)
-    assert float(views.depth[0].min()) == pytest.approx(1.5, abs=1e-5)  # the blue arm ends at z = 0.5, the camera is at 2
+    assert float(views.depth[0].min()) == pytest.approx(1.5, abs=1e-5)  # the blue arm ends at z = .5, camera at 2
     assert float(views.depth[2].min()) == pytest.approx(1.9, abs=1e-5)  # the cube's back
     assert torch.equal(torch.isinf(views.depth), views.alpha == 0)
 
@@ -93,7 +93,8 @@ def test_alpha_is_the_covered_share():
 
 
 def test_colours_are_straight_at_the_rim():
-    views = render_views(join(box((0, 0, 0), (0.5, 0.6, 0.7), (0.8, 0.4, 0.2, 1))), [PERSPECTIVE, Camera(30, 40)], 50, supersample=3)
+    mesh = box((0, 0, 0), (0.5, 0.6, 0.7), (0.8, 0.4, 0.2, 1))
+    views = render_views(mesh, [PERSPECTIVE, Camera(30, 40)], 50, supersample=3)
     seen = (views.alpha > 0).expand(-1, 3, -1, -1)
     expected = torch.tensor([0.8, 0.4, 0.2])[None, :, None, None].expand_as(seen)
     assert ((views.alpha > 0) & (views.alpha < 1)).any()
@@ -145,7 +146,8 @@ def test_several_materials_go_to_their_faces():
 
 def test_normals_face_the_viewer_on_both_sides():
     away = quad(faces=quad().faces[:, ::-1])
-    for mesh in (quad(), away, quad(normals=np.tile(np.float32([0, 0, 1]), (4, 1))), quad(normals=np.tile(np.float32([0, 0, -1]), (4, 1)))):
+    stored = [np.tile(np.array([0, 0, z], dtype=np.float32), (4, 1)) for z in (1, -1)]
+    for mesh in (quad(), away, *(quad(normals=normals) for normals in stored)):
         for camera, z in ((Camera(half_extent=0.5), 1.0), (Camera(180, half_extent=0.5), -1.0), (PERSPECTIVE, 1.0)):
             normal = render_views(mesh, [camera], 16).normal[0, :, 8, 8]
             torch.testing.assert_close(normal, torch.tensor([0, 0, z]), atol=1e-6, rtol=0)
@@ -179,7 +181,8 @@ def test_cameras_of_both_kinds_mix_and_batches_do_not_matter(monkeypatch):
     in_twos = render_views(jack(), cameras, 40)
     for name in ("albedo", "alpha", "normal", "depth"):
         torch.testing.assert_close(getattr(together, name), getattr(in_twos, name), atol=1e-5, rtol=0)
-        torch.testing.assert_close(getattr(together, name), torch.cat([getattr(a, name) for a in alone]), atol=1e-5, rtol=0)
+        separately = torch.cat([getattr(views, name) for views in alone])
+        torch.testing.assert_close(getattr(together, name), separately, atol=1e-5, rtol=0)
 
 
 def test_render_is_repeatable_and_leaves_the_mesh_alone():
@@ -214,7 +217,7 @@ def test_render_modes():
     for mode in module.RENDER_MODES:
         image = render_mesh(jack(), cameras, 24, mode)
         assert image.shape == (3, 4, 24, 24) and image.dtype == torch.float32
-        assert 0 <= float(image.min()) and float(image.max()) <= 1
+        assert float(image.min()) >= 0 and float(image.max()) <= 1
         assert (image[:, :3] * (image[:, 3:] == 0) == 0).all()
     clay = render_mesh(jack(), cameras, 24, "clay")
     assert float((clay[:, 0] - clay[:, 1]).abs().max()) < 0.06  # no object colour left

@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from tests.trainer_toy import file_size_limit, recipe
 from trainer.checkpoint import (
     complete_checkpoints,
     find_checkpoint,
@@ -18,14 +20,8 @@ from trainer.checkpoint import (
 from trainer.optim import build_optimizer, load_optimizer_state, load_tensors, optimizer_state
 from triptych.errors import TriptychError
 
-FILES = [
-    "ema.safetensors",
-    "manifest.json",
-    "model.safetensors",
-    "optimizer.json",
-    "optimizer.safetensors",
-    "state.json",
-]
+TENSOR_FILES = ["ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+FILES = sorted([*TENSOR_FILES, "manifest.json", "optimizer.json", "state.json"])
 
 
 def _save(folder, step, best_step=None):
@@ -126,20 +122,13 @@ def test_no_checkpoint_is_a_sentence(tmp_path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a POSIX service")
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path, file_size_limit) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint_and_no_rest(tmp_path) -> None:
     _save(tmp_path, 10)
     big = {"w": torch.zeros(100_000)}
     with file_size_limit(50_000), pytest.raises(TriptychError, match="could not save the checkpoint of step 20"):
         save_checkpoint(tmp_path, 20, {"model": big}, {"state": {}})
     assert [path.name for path in tmp_path.iterdir()] == ["step_0000010"]
     assert find_checkpoint(tmp_path).step == 10
-
-
-@pytest.fixture
-def file_size_limit():
-    from tests.trainer_toy import file_size_limit
-
-    return file_size_limit
 
 
 def test_weights_to_start_from(tmp_path) -> None:
@@ -156,11 +145,9 @@ def test_weights_to_start_from(tmp_path) -> None:
             load_weights(wrong)
 
 
-def _stepped_model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    from tests.trainer_toy import recipe
-
+def _stepped_model() -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model[1].bias.requires_grad_(False)
     optimizer = build_optimizer(model, recipe())
     for _ in range(3):
@@ -176,8 +163,6 @@ def test_optimizer_state_survives_as_plain_tensors(tmp_path) -> None:
     assert updates == {"0.weight": 3, "0.bias": 3}
     save_checkpoint(tmp_path, 3, {"optimizer": tensors}, {"state": {}, "optimizer": {"updates": updates}})
     checkpoint = read_checkpoint(tmp_path / "step_0000003")
-
-    from tests.trainer_toy import recipe
 
     fresh = build_optimizer(model, recipe())
     load_optimizer_state(model, fresh, checkpoint.tensors("optimizer"), checkpoint.json("optimizer")["updates"])

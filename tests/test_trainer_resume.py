@@ -52,7 +52,7 @@ def _trainer(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def _finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     assert "Traceback" not in err
     return out if code == 0 else err
@@ -67,7 +67,7 @@ def _wait_for_a_checkpoint_after(step: int, process: subprocess.Popen[str], run_
 
 
 def _wait_until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run does not train"

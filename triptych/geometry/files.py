@@ -42,8 +42,8 @@ _STL_FACE = np.dtype([("normal", "<f4", (3,)), ("corners", "<f4", (3, 3)), ("att
 _OWN_FILE = re.compile(r"(\.[a-z0-9]+|_(.+_)?(albedo|normal|metallic_roughness)\.png)$")
 # What parsers raise on damaged input; anything else is a bug of ours and must show.
 _DAMAGED = (
-    AssertionError, AttributeError, ArithmeticError, IndexError, KeyError, NameError, RecursionError, TypeError,
-    ValueError, struct.error,
+    AssertionError, AttributeError, ArithmeticError, DeprecationWarning, IndexError, KeyError, NameError,
+    RecursionError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 
@@ -125,8 +125,12 @@ def _read_stl(path: Path, data: bytes, limits: ReadLimits) -> Mesh:
     if not is_binary and data.lstrip()[:5].lower() != b"solid":
         check_counts(path, limits, faces=declared)
         check_present(path, "faces", declared, declared * _STL_FACE.itemsize, len(data) - 84)
-    check_counts(path, limits, faces=declared if is_binary else data.count(b"endfacet"))
-    loaded = load_stl(io.BytesIO(data))
+    facets = declared if is_binary else len(re.findall(rb"endfacet", data, re.IGNORECASE))
+    check_counts(path, limits, faces=facets)
+    with warnings.catch_warnings():
+        # numpy tells of text that is not a number, where trimesh reads up to it, by this warning only.
+        warnings.simplefilter("error", DeprecationWarning)
+        loaded = load_stl(io.BytesIO(data if is_binary else _plain_text(data)))
     if "vertices" not in loaded:  # trimesh's answer to several solids, or to none
         blocks = [block for block in loaded.get("geometry", {}).values() if len(block.get("vertices", ()))]
         soup = np.concatenate(
@@ -134,6 +138,10 @@ def _read_stl(path: Path, data: bytes, limits: ReadLimits) -> Mesh:
         )
     else:
         soup = np.asarray(loaded["vertices"])[np.asarray(loaded["faces"])]
+    if len(soup) != facets:
+        raise TriptychError(
+            f"{path} has {facets:,} facets but {len(soup):,} triangles: the file is truncated or damaged"
+        )
     return _merge_equal(soup.reshape(-1, 3).astype(np.float32))
 
 
@@ -148,6 +156,11 @@ def _merge_equal(corners: np.ndarray) -> Mesh:
     return Mesh(corners[first[order]], rank[inverse.ravel()].reshape(-1, 3).astype(np.int64))
 
 
+def _plain_text(data: bytes) -> bytes:
+    """UTF-8 whatever the file says: names may be in any encoding, and numbers are ASCII."""
+    return data.decode("utf-8", errors="replace").encode()
+
+
 def _read_off(path: Path, data: bytes, limits: ReadLimits) -> Mesh:
     from trimesh.exchange.off import load_off
 
@@ -158,7 +171,7 @@ def _read_off(path: Path, data: bytes, limits: ReadLimits) -> Mesh:
     check_counts(path, limits, vertices, faces)
     # "0 0 0" and "3 0 1 2", each with its line end but the last.
     check_present(path, "vertices and faces", vertices + faces, vertices * 6 + faces * 8 - 1, len(data) - head.end())
-    loaded = load_off(io.BytesIO(data))
+    loaded = load_off(io.BytesIO(_plain_text(data)))
     with np.errstate(over="ignore"):
         mesh = Mesh(
             np.asarray(loaded["vertices"]).astype(np.float32), np.asarray(loaded["faces"], np.int64).reshape(-1, 3)

@@ -11,6 +11,7 @@ Shape suffixes: B samples, L tokens of one sample, T tokens of all samples, C ch
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +209,11 @@ def _head_groups(q: Tensor, k: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     size = max(1, MAX_SCORES // (tokens * k.shape[1]))
     for sample in range(samples):
         for head in range(0, heads, size):
-            yield lambda x, b=sample, h=head: x[b, :, h : h + size].transpose(0, 1)
+            yield partial(_heads_of, sample=sample, heads=slice(head, head + size))
+
+
+def _heads_of(x_BLHD: Tensor, sample: int, heads: slice) -> Tensor:
+    return x_BLHD[sample, :, heads].transpose(0, 1)
 
 
 def _probabilities(q_HLD: Tensor, k_HMD: Tensor) -> Tensor:

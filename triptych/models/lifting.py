@@ -287,6 +287,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         """Clean latent tokens (T, C p^3) of the active blocks, from noisy ones; t (B,) in [0, 1000]."""
         place = cond.active.nonzero()[:, 1]
         h = self.input_layer(x_TC) + self.pos_emb[place] + cond.lifted_TC
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))  # the residual stream is what a CPU waits for
         h = self.run_blocks(
             h[None], self.t_embedder(t), cond.context, lengths=cond.lengths, context_lengths=cond.context_lengths
         )

@@ -1,7 +1,8 @@
 """Which rasteriser answers "what triangle is seen at this pixel".
 
-``torch`` is the plain reference of ``rasterize.py`` and always there. ``nvdiffrast`` is used when it is installed and the
-tensors are on CUDA; it is never needed (it is not on the registry, and its licence is non-commercial). A backend only
+``torch`` is the plain reference of ``rasterize.py`` and always there. ``nvdiffrast`` is used when it is installed and
+the tensors are on CUDA; it is never needed (it is not on the registry, and its licence is non-commercial). A backend
+only
 returns triangle ids: barycentrics, depth and their gradients come from the same torch code for both.
 """
 
@@ -17,7 +18,7 @@ import torch
 from ..errors import TriptychError
 
 BACKENDS = ("auto", "torch", "nvdiffrast")
-NVDIFFRAST_MAX_SIZE = 2048  # the largest frame its CUDA rasteriser takes
+NVDIFFRAST_MAX_SIZE = 2048  # the largest frame its CUDA rasteriser takes before v0.3.3; v0.3.2 takes any width
 NVDIFFRAST_MAX_FACES = 1 << 24  # its ids come back as float32 integers
 
 
@@ -37,8 +38,8 @@ def choose_backend(backend: str, device: torch.device, faces: int = 0, longest_s
     possible = device.type == "cuda" and nvdiffrast_installed() and fits
     if backend == "nvdiffrast" and not possible:
         raise TriptychError(
-            f"nvdiffrast cannot draw {faces} faces at {longest_side} pixels on {device}: it must be installed, on a CUDA "
-            f"device, with a frame of at most {NVDIFFRAST_MAX_SIZE} pixels; use backend='torch'"
+            f"nvdiffrast cannot draw {faces} faces at {longest_side} pixels on {device}: it must be installed, on a "
+            f"CUDA device, with a frame of at most {NVDIFFRAST_MAX_SIZE} pixels; use backend='torch'"
         )
     return "nvdiffrast" if possible and backend != "torch" else "torch"
 
@@ -53,8 +54,9 @@ def _context(device_index: int) -> Any:
 def nvdiffrast_visible(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, H, W) int64 ids of the nearest triangle, -1 for background, row 0 at the top.
 
-    nvdiffrast puts NDC y = -1 in row 0, so y is negated on the way in; it clips z to [-w, w] and interpolates z linearly in
-    homogeneous space, so our z (depth times w) is replaced by the usual projection of depth between a near and a far plane.
+    nvdiffrast puts NDC y = -1 in row 0, so y is negated on the way in; it clips z to [-w, w] and interpolates z
+    linearly in homogeneous space, so our z (depth times w) is replaced by the usual projection of depth between a near
+    and a far plane.
     """
     module = importlib.import_module("nvdiffrast.torch")
     x, y, z, w = clip_BV4.float().unbind(-1)
@@ -67,8 +69,13 @@ def nvdiffrast_visible(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: i
     linear = (2 * depth - (far + near)) / (far - near)
     projective = ((far + near) * w - 2 * far * near) / (far - near)
     position = torch.stack([x, -y, torch.where(orthographic, linear, projective), w], dim=-1)
+    usable = torch.isfinite(position).all(dim=2).all(dim=0)[faces_F3].all(dim=1).nonzero().squeeze(1)
+    if len(usable) == 0:
+        return torch.full((clip_BV4.shape[0], height, width), -1, dtype=torch.int64, device=clip_BV4.device)
     context = _context(clip_BV4.device.index or 0)
+    faces = faces_F3[usable].to(torch.int32).contiguous()
     raster, _ = module.rasterize(
-        context, position.contiguous(), faces_F3.to(torch.int32).contiguous(), resolution=[height, width], grad_db=False
+        context, torch.nan_to_num(position).contiguous(), faces, resolution=[height, width], grad_db=False
     )
-    return raster[..., 3].round().to(torch.int64) - 1
+    drawn = raster[..., 3].round().to(torch.int64)  # 1-based, 0 for background
+    return torch.where(drawn > 0, usable[(drawn - 1).clamp_min(0)], -1)

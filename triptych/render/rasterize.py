@@ -1,11 +1,13 @@
 """A rasteriser in plain torch, for CPU and CUDA, without a loop over triangles.
 
 Visibility is a scan conversion done for all triangles at once. Each triangle is cut into its pixel rows
-(``repeat_interleave``), each row into its pixels, and the nearest triangle of a pixel is found with a minimum over keys that
-hold the bits of the depth above the triangle id: nearest first, then the smallest id, so the result never depends on order.
-The work is proportional to what is covered, not to bounding boxes, and goes in chunks of bounded memory.
+(``repeat_interleave``), each row into its pixels, and the nearest triangle of a pixel is found with a minimum over keys
+that
+hold the bits of the depth above the triangle id: nearest first, then the smallest id, so the result never depends on
+order. The work is proportional to what is covered, not to bounding boxes, and goes in chunks of bounded memory.
 
-The ends of a row are the points where two edges cross the row's centre line. An edge is always evaluated from its upper to
+The ends of a row are the points where two edges cross the row's centre line. An edge is always evaluated from its upper
+to
 its lower vertex, so the two triangles that share it compute the same number, and both ends are inclusive: neighbouring
 triangles leave no cracks. Faces that reach behind the camera are cut at ``NEAR``. There is no back-face culling.
 
@@ -64,8 +66,8 @@ def rasterize(
 ) -> Fragments:
     """The nearest triangle at every pixel centre.
 
-    clip_BV4: (B, V, 4) float32 from ``Camera.clip``: NDC times w, depth times w, w. When it requires a gradient, barycentrics
-        and depth are differentiable with respect to it.
+    clip_BV4: (B, V, 4) float32 from ``Camera.clip``: NDC times w, depth times w, w. When it requires a gradient,
+        barycentrics and depth are differentiable with respect to it.
     faces_F3: (F, 3) int64. Faces with a vertex that is not finite are dropped.
     backend: "auto", "torch" or "nvdiffrast".
     Raises TriptychError for wrong shapes.
@@ -88,7 +90,7 @@ def _check(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: int, width: i
         raise TriptychError(f"faces must be (F, 3) int64, got {tuple(faces_F3.shape)} {faces_F3.dtype}")
     if height < 1 or width < 1:
         raise TriptychError(f"a picture needs at least one pixel, got {height} x {width}")
-    if len(faces_F3) and not (0 <= int(faces_F3.min()) and int(faces_F3.max()) < clip_BV4.shape[1]):
+    if len(faces_F3) and (int(faces_F3.min()) < 0 or int(faces_F3.max()) >= clip_BV4.shape[1]):
         raise TriptychError(
             f"faces refer to vertices {int(faces_F3.min())} to {int(faces_F3.max())}, but there are {clip_BV4.shape[1]}"
         )
@@ -108,7 +110,8 @@ def visible_triangles(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: in
 
 
 def _corners_in_front(clip_BV4: torch.Tensor, faces_F3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Homogeneous corners (T, 3, 4) as (x, y, depth, w) of everything before the near plane, and (T,) image * F + face."""
+    """Homogeneous corners (T, 3, 4) as (x, y, depth, w) of everything before the near plane, and (T,) image * F +
+    face."""
     batch, count, _ = clip_BV4.shape
     depth = clip_BV4[..., 2] / clip_BV4[..., 3]
     # A vertex at w = 0 lies in the camera's plane: its depth is 0, and z / w would not say so.
@@ -301,7 +304,8 @@ def barycentrics_from(
 
 
 def _barycentric_table(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, F, 12): first corner's pixel, gradients of the second and third screen weight, 1 / w and depth of the corners."""
+    """(B, F, 12): first corner's pixel, gradients of the second and third screen weight, 1 / w and depth of the
+    corners."""
     w = torch.where(clip_BV4[..., 3] == 0, torch.full_like(clip_BV4[..., 3], 1e-20), clip_BV4[..., 3])
     screen = pixel_coordinates(clip_BV4, height, width)
     a, b, c = (screen[:, faces_F3[:, i]] for i in range(3))
@@ -316,8 +320,8 @@ def _barycentric_table(clip_BV4: torch.Tensor, faces_F3: torch.Tensor, height: i
 def interpolate(attributes: torch.Tensor, faces_F3: torch.Tensor, fragments: Fragments) -> torch.Tensor:
     """Attributes at every pixel, (B, H, W, C), 0 for background; differentiable in the attributes and the barycentrics.
 
-    attributes: (V, C) per vertex, (B, V, C) per image and vertex, or (F, 3, C) per face corner when its middle size is 3 and
-        its first size is the number of faces (pass (B, V, C) expanded to break the tie of B = F and V = 3).
+    attributes: (V, C) per vertex, (B, V, C) per image and vertex, or (F, 3, C) per face corner when its middle size is
+        3 and its first size is the number of faces (pass (B, V, C) expanded to break the tie of B = F and V = 3).
     """
     batch, height, width = fragments.triangle_id.shape
     count = len(faces_F3)
@@ -346,15 +350,17 @@ def antialias(
 
     Where a silhouette edge crosses the line between the centres of two neighbouring pixels, the pixel in whose half it
     crosses takes the other's colour by its distance from the middle. So a covered area changes continuously, and at the
-    right rate, as vertices move. Steep edges are judged along rows, flat edges along columns. Unlike in the paper, edges are
-    found by scan conversion rather than from the visible triangle, since the triangles at the rim of a fine mesh are
-    thinner than a pixel and often own no pixel at all; of several crossings between two pixels the outermost counts.
-    An edge is a silhouette when all of its faces lie on one side of it in the picture. Surfaces that fall wholly between
-    pixel centres have no gradient, and neither have corners beyond that of their two edges.
+    right rate, as vertices move. Steep edges are judged along rows, flat edges along columns. Unlike in the paper,
+    edges are found by scan conversion rather than from the visible triangle, since the triangles at the rim of a fine
+    mesh are thinner than a pixel and often own no pixel at all; of several crossings between two pixels the outermost
+    counts. An edge is a silhouette when all of its faces lie on one side of it in the picture. Surfaces that fall
+    wholly between pixel centres have no gradient, and neither have corners beyond that of their two edges.
     """
     batch, height, width, channels = image_BHWC.shape
     if (batch, height, width) != fragments.triangle_id.shape:
-        raise TriptychError(f"the image is {tuple(image_BHWC.shape)}, the fragments {tuple(fragments.triangle_id.shape)}")
+        raise TriptychError(
+            f"the image is {tuple(image_BHWC.shape)}, but the fragments are {tuple(fragments.triangle_id.shape)}"
+        )
     pixels = image_BHWC.reshape(-1, channels)
     screen = pixel_coordinates(clip_BV4, height, width)
     image, start, end, inner_side = _silhouettes(screen.detach(), clip_BV4.detach(), faces_F3)
@@ -413,7 +419,8 @@ def _crossings(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where silhouettes part two visible neighbours in a row (axis 0) or a column (axis 1).
 
-    Returns (N,) each: index of the edge, its row or column as float, flat index of the pixel inside and of the one outside.
+    Returns (N,) each: index of the edge, its row or column as float, flat index of the pixel inside and of the one
+    outside.
     """
     _, height, width = fragments.triangle_id.shape
     lines, places = (height, width) if axis == 0 else (width, height)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TriptychError
 from ..geometry.cameras import Camera, turntable_cameras
 from ..geometry.mesh import Mesh
-from .views import RENDER_MODES, as_clay, render_mesh, render_views, shade
+from .views import RENDER_MODES, picture, render_views
 
 BACKGROUND = (0.955, 0.955, 0.95)  # sRGB, a light neutral page
 
@@ -40,16 +40,18 @@ def contact_sheet(
     Raises TriptychError when there is nothing to show, or the file cannot be written.
     """
     if not rows or any(row.ndim != 4 or row.shape[1] not in (3, 4) or len(row) == 0 for row in rows):
-        raise TriptychError(f"a contact sheet needs rows of (N, 3 or 4, H, W) pictures, got {[tuple(r.shape) for r in rows]}")
+        raise TriptychError(
+            f"a contact sheet needs rows of (N, 3 or 4, H, W) pictures, got shapes {[tuple(row.shape) for row in rows]}"
+        )
     shown = [over_background(row, background) if row.shape[1] == 4 else row for row in rows]
     width = max(len(row) * (row.shape[3] + gap) for row in shown) + gap
     height = sum(row.shape[2] + gap for row in shown) + gap
     page = torch.tensor(background).view(3, 1, 1).repeat(1, height, width)
     top = gap
     for row in shown:
-        for i, picture in enumerate(row):
+        for i, cell in enumerate(row):
             left = gap + i * (row.shape[3] + gap)
-            page[:, top : top + row.shape[2], left : left + row.shape[3]] = picture.detach().cpu()
+            page[:, top : top + row.shape[2], left : left + row.shape[3]] = cell.detach().cpu()
         top += row.shape[2] + gap
     image = Image.fromarray((page.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
     if path is not None:
@@ -73,17 +75,13 @@ def turntable_sheet(
     """
     unknown = [mode for mode in rows if mode not in RENDER_MODES]
     if unknown or not rows or count < 1:
-        raise TriptychError(f"a turntable needs a count above 0 and rows of {', '.join(RENDER_MODES)}, got {count}, {rows}")
+        raise TriptychError(
+            f"a turntable needs a count above 0 and rows of {', '.join(RENDER_MODES)}, got {count} and {list(rows)}"
+        )
     mesh = mesh.normalized()
     cameras = _close_cameras(mesh, count, elevation_deg)
     rendered = render_views(mesh, cameras, size, device=device)
-    drawn = {
-        "shaded": lambda: shade(rendered, cameras, follow_camera=True),
-        "clay": lambda: shade(as_clay(rendered), cameras, follow_camera=True),
-    }
-    return contact_sheet(
-        [drawn[mode]() if mode in drawn else render_mesh(mesh, cameras, size, mode, device=device) for mode in rows], path
-    )
+    return contact_sheet([picture(rendered, cameras, mode, follow_camera=True) for mode in rows], path)
 
 
 def _close_cameras(mesh: Mesh, count: int, elevation_deg: float) -> list[Camera]:

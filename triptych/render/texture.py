@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Fill = Literal["diffuse", "mirror"]
 
 SOLID_ALPHA = 0.9  # a pixel of the object; below, its colour mixes with the background and is not used
-INSIDE_ALPHA = 0.4  # a surface point on such a pixel takes the nearest solid colour; below, the view says nothing about it
+INSIDE_ALPHA = 0.4  # a surface point on such a pixel takes the nearest solid colour; below, the view does not show it
 GRAZING_COS = (0.1, 0.35)  # a view counts nothing below the first cosine, and fully above the second
 FEATHER_SHARE = 0.02  # width of the fade at silhouettes, as a share of the picture's side
 BLUR_SHARE = 0.03  # standard deviation of the soft band, as a share of the picture's side

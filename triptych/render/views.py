@@ -2,8 +2,8 @@
 
 Base colour is texture x vertex colour x factor, as in glTF: the product is taken in linear light and returned as sRGB.
 Edges are smoothed by supersampling; what is averaged is the covered part of a pixel, so colours stay straight (not
-premultiplied) and no background leaks into them. Every surface is opaque and two-sided: alpha in textures, vertex colours
-and factors is ignored, and a normal that points away from the viewer is flipped.
+premultiplied) and no background leaks into them. Every surface is opaque and two-sided: alpha in textures, vertex
+colours and factors is ignored, and a normal that points away from the viewer is flipped.
 
 Not covered: mipmaps (textures are sampled at the supersampled resolution), metallic-roughness and normal maps, shadows.
 """
@@ -75,7 +75,10 @@ def render_views(
     if normals not in NORMAL_CHOICES:
         raise TriptychError(f"unknown normals {normals!r}: choose one of {', '.join(NORMAL_CHOICES)}")
     if size < 1 or supersample < 1 or not cameras:
-        raise TriptychError(f"a render needs size, supersample >= 1 and a camera, got {size=} {supersample=} {len(cameras)=}")
+        raise TriptychError(
+            f"a render needs a size and supersample of 1 or more and a camera, got {size=}, {supersample=} and "
+            f"{len(cameras)} cameras"
+        )
     side = size * supersample
     surface = _Surface(mesh, torch.device(device), normals)
     per_batch = max(1, PIXELS_PER_BATCH // (side * side))
@@ -87,7 +90,7 @@ def render_views(
     return RenderedViews(*(torch.cat(channel) for channel in zip(*parts, strict=True)))
 
 
-def _resolve(surface: _Surface, clip: Tensor, fragments: Fragments, supersample: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _resolve(surface: _Surface, clip: Tensor, fragments: Fragments, supersample: int) -> tuple[Tensor, ...]:
     """Shade the covered samples and average them into pixels: albedo, alpha, normal, depth."""
     batch, side, _ = fragments.triangle_id.shape
     pixel, face = fragments.covered, fragments.covered_ids
@@ -173,10 +176,9 @@ class _Surface:
         left, upper = left.long(), upper.long()
         columns = left.remainder(width), (left + 1).remainder(width)
         rows = first + upper.remainder(height) * width, first + (upper + 1).remainder(height) * width
-        above, below = (
-            torch.lerp(self.texels.index_select(0, row + columns[0]), self.texels.index_select(0, row + columns[1]), right_share)
-            for row in rows
-        )
+        corners = [self.texels.index_select(0, row + column) for row in rows for column in columns]
+        above = torch.lerp(corners[0], corners[1], right_share)
+        below = torch.lerp(corners[2], corners[3], right_share)
         return torch.lerp(above, below, lower_share)
 
     def normal(self, face: Tensor, weights: Tensor, image: Tensor, clip: Tensor) -> Tensor:
@@ -206,7 +208,8 @@ def _mix(corners_F3C: Tensor, face: Tensor, weights: Tensor) -> Tensor:
 
 
 def _texel_table(materials: Sequence[Material], textured: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All base colours as sRGB texels (T, 3), the factor multiplied in, and (M, 3) int64 rows: first texel, width, height."""
+    """All base colours as sRGB texels (T, 3), the factor multiplied in, and (M, 3) int64 rows: first texel, width,
+    height."""
     tables, sizes, first = [], [], 0
     for material in materials:
         texture = material.base_color_texture if textured else None
@@ -251,10 +254,11 @@ def shade(
 ) -> Tensor:
     """Lambert shading in linear light: (B, 4, S, S) float32 RGBA, sRGB, straight alpha.
 
-    light_azimuth_deg, light_elevation_deg: where the key light stands, in the cameras' convention; its azimuth counts from
-        each camera with ``follow_camera`` (every picture is lit alike), else from the front (a lamp fixed in the world).
-    key, headlight: intensities of the key light and of a light at the camera. ambient: from straight above; ``ground`` is
-        the share of it that arrives from straight below.
+    light_azimuth_deg, light_elevation_deg: where the key light stands, in the cameras' convention; its azimuth counts
+        from each camera with ``follow_camera`` (every picture is lit alike), else from the front (a lamp fixed in the
+        world).
+    key, headlight: intensities of the key light and of a light at the camera. ambient: from straight above; ``ground``
+        is the share of it that arrives from straight below.
     """
     lit = []
     for i, camera in enumerate(cameras):
@@ -288,13 +292,23 @@ def render_mesh(
 ) -> Tensor:
     """One picture per camera, (B, 4, size, size) float32 RGBA sRGB, straight alpha.
 
-    mode: "shaded", "albedo" (unlit), "clay" (one material, lit), "normal" (camera frame, as colours) or "depth" (nearest is
-        white, farthest of all the pictures is dark).
+    mode: "shaded", "albedo" (unlit), "clay" (one material, lit), "normal" (camera frame, as colours) or "depth"
+        (nearest is white, farthest of all the pictures is dark).
     Raises TriptychError for an unknown mode, and as ``render_views`` does.
     """
+    _check_mode(mode)
+    rendered = render_views(mesh, cameras, size, supersample=supersample, device=device, normals=normals)
+    return picture(rendered, cameras, mode, follow_camera=follow_camera)
+
+
+def _check_mode(mode: str) -> None:
     if mode not in RENDER_MODES:
         raise TriptychError(f"unknown render mode {mode!r}: choose one of {', '.join(RENDER_MODES)}")
-    rendered = render_views(mesh, cameras, size, supersample=supersample, device=device, normals=normals)
+
+
+def picture(rendered: RenderedViews, cameras: Sequence[Camera], mode: str, *, follow_camera: bool = False) -> Tensor:
+    """``render_mesh`` for views that are rendered already: (B, 4, S, S)."""
+    _check_mode(mode)
     if mode == "shaded":
         return shade(rendered, cameras, follow_camera=follow_camera)
     if mode == "clay":

@@ -1,0 +1,215 @@
+"""What the commands accept. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..errors import TriptychError
+
+# tests/test_cli.py compares these with the library's own, which cost seconds to import.
+VIEWS = ("front", "left", "back", "right")
+FORMATS = ("obj", "glb", "gltf", "ply", "stl", "off")
+RENDER_MODES = ("shaded", "albedo", "clay", "normal", "depth")
+FOREGROUNDS = ("auto", "alpha", "plain", "matting")
+
+
+class UsageError(TriptychError):
+    """The command line itself is wrong: exit code 2."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of one command, ``command`` among them. Raises SystemExit as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m triptych",
+        description="Views of an object in, a textured mesh out.",
+        epilog="Each command explains itself: python -m triptych COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"triptych {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_views(commands)
+    _add_demo(commands)
+    _add_convert(commands)
+    _add_render(commands)
+    _add_inspect(commands)
+    _add_compare(commands)
+    return parser.parse_args(argv)
+
+
+def _add_views(commands: argparse._SubParsersAction) -> None:
+    views = commands.add_parser(
+        "views",
+        help="one to four pictures of an object -> a textured mesh",
+        description="One to four pictures of one object, from its front, left, back and right (the object's own left "
+        "and right), become a textured mesh. Prints a JSON summary.",
+    )
+    _add_pictures(views)
+    views.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="PATH",
+        help="a mesh file, whose suffix is the default format, or a folder; what exists there is kept, and the new "
+        "files get a number",
+    )
+    _add_settings(views)
+    views.add_argument("--formats", type=_formats, metavar="LIST", help=f"comma-separated, of {','.join(FORMATS)}")
+    views.add_argument("--viewer", action="store_true", help="also write viewer.html, a page that shows the mesh")
+    views.add_argument("--turntable", action="store_true", help="also write a picture of the mesh from eight sides")
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="the main job with everything it can write; without pictures on a sample object",
+        description="One to four pictures, in the order front, left, back, right -> OBJ, GLB, turntable and "
+        "viewer.html. Without pictures: views of a small sample object.",
+    )
+    _add_pictures(demo)
+    demo.add_argument("-o", "--out", default="out", metavar="DIR", help="output folder (default: out)")
+    _add_settings(demo)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pictures", nargs="*", metavar="PICTURE", help="PNG, JPEG or WebP, in the order front, left, back, right"
+    )
+    for name in VIEWS:
+        parser.add_argument(f"--{name}", metavar="FILE", help=f"the {name} view, by name")
+    parser.add_argument(
+        "--sheet", metavar="FILE", help="all views in one picture: 2 x 2 (front left / back right), or a row of 3 or 4"
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", metavar="BUNDLE", help="a bundle's folder or name (default: the embedded one)")
+    parser.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
+    parser.add_argument("--steps", type=_whole(1, 1000), help="sampling steps (default: the bundle's)")
+    parser.add_argument("--guidance", type=float, help="guidance strength (default: the bundle's)")
+    parser.add_argument(
+        "--texture-size",
+        type=_whole(0, 8192),
+        default=1024,
+        metavar="TEXELS",
+        help="side of the texture; 0 writes vertex colours instead (default: 1024)",
+    )
+    parser.add_argument(
+        "--faces", type=_whole(0, 10**7), default=12_000, help="about how many triangles; 0 keeps all (default: 12000)"
+    )
+    parser.add_argument(
+        "--foreground",
+        choices=FOREGROUNDS,
+        default="auto",
+        help="how to cut the object out: by its alpha, from a plain background, by a matting model (default: auto)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the same names")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON summary to FILE")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    formats = ", ".join(FORMATS).upper()
+    convert = commands.add_parser(
+        "convert",
+        help="one mesh format to another, with cleaning",
+        description=f"Reads and writes {formats}. The cleaning steps run in the order that they are listed in.",
+    )
+    convert.add_argument("source", type=Path, metavar="IN")
+    convert.add_argument("target", type=Path, metavar="OUT")
+    convert.add_argument(
+        "--clean",
+        action="store_true",
+        help="merge equal vertices, drop degenerate and doubled faces, and parts below 1%% of the largest one's area",
+    )
+    convert.add_argument("--fill-holes", action="store_true", help="close open borders of up to 64 edges")
+    convert.add_argument("--smooth", type=_whole(1, 1000), metavar="N", help="N rounds of smoothing that keeps the size")
+    convert.add_argument("--faces", type=_whole(4, 10**8), metavar="N", help="reduce to about N triangles")
+    convert.add_argument("--normalize", action="store_true", help="centre it, longest side 1")
+    convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+
+def _add_render(commands: argparse._SubParsersAction) -> None:
+    render = commands.add_parser("render", help="pictures of a mesh", description="A mesh from several sides as one PNG.")
+    render.add_argument("source", type=Path, metavar="IN")
+    render.add_argument("-o", "--out", type=Path, required=True, metavar="PNG")
+    render.add_argument("--mode", choices=RENDER_MODES, default="shaded", help="default: shaded")
+    sides = render.add_mutually_exclusive_group()
+    sides.add_argument(
+        "--azimuths", type=float, nargs="+", metavar="DEG", help="0 front, 90 the object's left, 180 back, 270 right"
+    )
+    sides.add_argument("--turntable", type=_whole(1, 360), metavar="N", help="N even azimuths (default: 8)")
+    render.add_argument("--elevation", type=float, default=15.0, metavar="DEG", help="default: 15")
+    render.add_argument("--size", type=_whole(16, 4096), default=256, help="pixels per picture and side (default: 256)")
+    render.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in mesh files and bundles, as JSON",
+        description="Counts, bounds, watertightness, materials and so on of mesh files; for the folder of a bundle, "
+        "checks every file and lists the networks.",
+    )
+    inspect.add_argument("paths", type=Path, nargs="+", metavar="FILE")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="how close two meshes are, as JSON",
+        description="Chamfer distance (mean of both directions), F-scores, normal consistency, and volume IoU where "
+        "both are watertight. B is the reference.",
+    )
+    compare.add_argument("a", type=Path, metavar="A")
+    compare.add_argument("b", type=Path, metavar="B")
+    compare.add_argument("--samples", type=_whole(100, 10**7), default=30_000, help="points per surface (default: 30000)")
+    compare.add_argument(
+        "--thresholds",
+        type=_thresholds,
+        default=(0.01, 0.02, 0.05),
+        metavar="LIST",
+        help="of the F-score, comma-separated, in the meshes' units (default: 0.01,0.02,0.05)",
+    )
+    compare.add_argument(
+        "--align",
+        choices=("none", "normalize"),
+        default="none",
+        help="normalize: centre both and scale their longest sides to 1 first (default: none)",
+    )
+    compare.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="of the samples (default: 0)")
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number in [low, high]."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip().lower().lstrip(".") for part in text.split(",") if part.strip()))
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(FORMATS)}, got {text!r}")
+    return names
+
+
+def _thresholds(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"must be positive numbers with commas between them, got {text!r}")
+    return values

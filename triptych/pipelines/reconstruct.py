@@ -1,0 +1,193 @@
+"""The main job: posed views of one object -> a textured mesh.
+
+    views --lifted structure flow--> 16^3 latent --decoder--> signed field --marching cubes--> mesh --views--> texture
+
+Until the second stage exists, the mesh is the isosurface of the decoder's logits, which were trained to be proportional
+to the signed distance near the surface. What the silhouettes rule out is cut away exactly: no point of the mesh
+projects outside of a given view's outline. Every function takes progress and cancel callbacks and touches no files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..bundles.bundle import Bundle
+from ..errors import TriptychError
+from ..geometry.cleanup import decimate, keep_components, smooth
+from ..geometry.isosurface import isosurface
+from ..geometry.mesh import Mesh
+from ..geometry.voxels import hull_field
+from ..images.views import ViewSet
+from ..models.lifting import LiftedStructureFlow, PosedViews
+from ..render.texture import colour_from_views
+from ..sampling.flow_euler import Cancelled, flow_euler_sample
+
+VIEW_SIZE = 512  # pixels: what to prepare views at, for the texture's sake
+HULL_SIZE = 256
+DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_RESCALE = 4, 0.0, 3.0
+
+Progress = Callable[[str, float], None]
+Cancel = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0 for
+    vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away what
+    projects outside of a view."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    texture_size: int = 1024
+    target_faces: int = 12_000
+    keep_silhouettes: bool = True
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """mesh: textured, model space. field: (R, R, R) float32, voxels, positive inside. timings_s: seconds a stage.
+    settings: as used, nothing left open."""
+
+    mesh: Mesh
+    field: np.ndarray
+    timings_s: dict[str, float]
+    warnings: tuple[str, ...]
+    settings: Settings
+
+
+def mesh_from_views(
+    views: ViewSet,
+    bundle: Bundle,
+    settings: Settings | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Reconstruction:
+    """Reconstructs the object that ``views`` (1-4, prepared) show.
+
+    progress(stage, fraction) is called with the share of the whole that is done, 0-1. cancel() is asked between steps;
+    Cancelled is raised when it returns True. Raises TriptychError when nothing solid is found or a setting is out of range.
+    """
+    settings = _resolved(settings or Settings(), bundle)
+    clock = _Clock(progress or (lambda stage, fraction: None), cancel or (lambda: False))
+    with clock.stage("structure", 0.0, 0.45):
+        field = structure_from_views(views, bundle, settings, device=device, step=clock.step, cancel=cancel)
+    with clock.stage("surface", 0.45, 0.6):
+        mesh = surface_from_field(field, settings.target_faces)
+    with clock.stage("texture", 0.6, 1.0):
+        mesh = colour_from_views(mesh, views, texture_size=settings.texture_size)
+    return Reconstruction(mesh, field, clock.seconds, views.warnings, settings)
+
+
+def structure_from_views(
+    views: ViewSet,
+    bundle: Bundle,
+    settings: Settings,
+    *,
+    device: torch.device | str = "cpu",
+    step: Callable[[float], None] | None = None,
+    cancel: Cancel | None = None,
+) -> np.ndarray:
+    """The solid as (R, R, R) float32, about the signed distance in voxels near the surface, positive inside.
+
+    step(fraction) is called after each sampling step.
+    """
+    settings = _resolved(settings, bundle)
+    flow, decoder = bundle.network("structure_flow"), bundle.network("structure_decoder")
+    if not isinstance(flow, LiftedStructureFlow):
+        raise TriptychError(
+            f"the bundle {bundle.name} was not trained for posed views ({type(flow).__name__}): "
+            "choose one with a LiftedStructureFlow, such as triptych-tiny"
+        )
+    flow, decoder = flow.to(device), decoder.to(device)
+    posed = PosedViews(_resize(views.images, flow.image_size).to(device), tuple(views.cameras), (views.count,))
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (1, flow.in_channels, *[flow.resolution] * 3)
+    noise = torch.randn(shape, generator=generator).to(device)
+    low_precision = torch.autocast(torch.device(device).type, torch.bfloat16)
+    steps, guidance = settings.steps or DEFAULT_STEPS, settings.guidance or 0.0
+    with torch.inference_mode(), low_precision:
+        cond = flow.condition(posed)
+        latent = flow_euler_sample(
+            flow,
+            noise,
+            steps=steps,
+            guidance=guidance,
+            guidance_interval=(0.5, 1.0),
+            rescale_t=float(bundle.manifest.sampling.get("rescale_t", DEFAULT_RESCALE)),
+            cond=cond,
+            neg_cond=cond.null() if guidance else None,
+            callback=(lambda done, total, _: step(done / total)) if step else None,
+            cancel=cancel,
+        ).samples
+        logits = decoder(flow.denormalize(latent))[0, 0].float().cpu().numpy()
+    field = logits * float(bundle.manifest.sampling.get("softness", 0.4))
+    if settings.keep_silhouettes:
+        field = np.minimum(field, hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field)))
+    return field.astype(np.float32)
+
+
+def surface_from_field(field: np.ndarray, target_faces: int = 0) -> Mesh:
+    """The isosurface of a signed field, without floating crumbs, decimated to about ``target_faces`` (0: all)."""
+    if not (field > 0).any():
+        raise TriptychError("the network found nothing solid in these views: check that each shows the whole object, cut out")
+    mesh = keep_components(isosurface(field), min_share=0.02)
+    mesh = smooth(mesh, iterations=4)
+    if target_faces and len(mesh.faces) > target_faces:
+        mesh = decimate(mesh, target_faces)
+    return mesh
+
+
+def _resize(rgba: torch.Tensor, size: int) -> torch.Tensor:
+    """(V, 4, S, S) straight alpha -> (V, 4, size, size), averaged with alpha as the weight."""
+    if rgba.shape[-1] == size:
+        return rgba
+    weighted = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
+    small = F.interpolate(weighted, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return torch.cat([small[:, :3] / small[:, 3:].clamp_min(1e-4), small[:, 3:]], dim=1).clamp(0, 1)
+
+
+def _resolved(settings: Settings, bundle: Bundle) -> Settings:
+    own = bundle.manifest.sampling
+    steps = int(own.get("steps", DEFAULT_STEPS)) if settings.steps is None else settings.steps
+    guidance = float(own.get("guidance", DEFAULT_GUIDANCE)) if settings.guidance is None else settings.guidance
+    if not 1 <= steps <= 1000:
+        raise TriptychError(f"steps must be 1-1000, got {steps}")
+    if not 0 <= guidance <= 100:
+        raise TriptychError(f"guidance must be 0-100, got {guidance}")
+    if settings.target_faces and settings.target_faces < 100:
+        raise TriptychError(f"the target number of faces must be 0 (all) or at least 100, got {settings.target_faces}")
+    return replace(settings, steps=steps, guidance=guidance)
+
+
+class _Clock:
+    """Times the stages, and maps progress inside one to progress of the whole."""
+
+    def __init__(self, progress: Progress, cancel: Cancel) -> None:
+        self.progress, self.cancel = progress, cancel
+        self.seconds: dict[str, float] = {}
+        self._span = ("", 0.0, 1.0)
+
+    @contextmanager
+    def stage(self, name: str, begin: float, end: float) -> Iterator[None]:
+        if self.cancel():
+            raise Cancelled(f"stopped before the stage {name!r}")
+        self._span = (name, begin, end)
+        self.progress(name, begin)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 4)
+        self.progress(name, end)
+
+    def step(self, fraction: float) -> None:
+        name, begin, end = self._span
+        self.progress(name, begin + (end - begin) * fraction)
