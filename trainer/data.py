@@ -6,6 +6,7 @@ All augmentation draws from the generator it is given, so that a training sample
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -92,13 +93,17 @@ def _to_linear(srgb: torch.Tensor) -> torch.Tensor:
     return srgb.clamp(0, 1) ** 2.2
 
 
-def relight(albedo: np.ndarray, normal: np.ndarray, generator: np.random.Generator) -> torch.Tensor:
+def relight(
+    albedo: np.ndarray, normal: np.ndarray, generator: np.random.Generator, views: Sequence[int] = (0, 1, 2, 3)
+) -> torch.Tensor:
     """Shaded pictures of the rig's views under random light and colour.
 
-    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame. Returns (4, 4, S, S) float32 RGBA, sRGB 0-1,
-    straight alpha. One light serves all views; it turns with the camera or stands in the world, half and half. Light,
+    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them. Returns (V, 4, S, S) float32
+    RGBA, sRGB 0-1, straight alpha. One light serves all views; it turns with the camera or stands in the world, half and half. Light,
     ambient share, exposure, hue, saturation and contrast vary; one in ten is unshaded.
     """
+    rotations = _ROTATIONS[list(views)]
+    albedo, normal = albedo[list(views)], normal[list(views)]
     colour = torch.from_numpy(np.ascontiguousarray(albedo)).permute(0, 3, 1, 2).float() / 255
     alpha, rgb = colour[:, 3:], colour[:, :3]
     world = torch.from_numpy(np.ascontiguousarray(normal)).permute(0, 3, 1, 2).float() * (2 / 255) - 1
@@ -108,8 +113,8 @@ def relight(albedo: np.ndarray, normal: np.ndarray, generator: np.random.Generat
         key = torch.tensor([draw(-1, 1), draw(-0.2, 1.2), draw(0.2, 1.2)], dtype=torch.float32)
         key = torch.nn.functional.normalize(key, dim=0)
         turns = draw() < 0.5
-        directions = torch.stack([r.T @ key if turns else _ROTATIONS[0].T @ key for r in _ROTATIONS])
-        back = _ROTATIONS[:, 2]
+        directions = torch.stack([r.T @ key if turns else _ROTATIONS[0].T @ key for r in rotations])
+        back = rotations[:, 2]
         lambert = torch.einsum("vchw,vc->vhw", world, directions).clamp_min(0)
         head = torch.einsum("vchw,vc->vhw", world, back).clamp_min(0)
         sky = 0.5 + 0.5 * world[:, 1]

@@ -10,7 +10,12 @@ from torch import nn
 from triptych.bundles.manifest import write_bundle
 from triptych.geometry.cameras import FRAME_FILL, VIEW_AZIMUTHS_DEG
 
-VIEW_RIG = {"azimuths_deg": list(VIEW_AZIMUTHS_DEG), "elevation_deg": 0.0, "projection": "orthographic", "fill": FRAME_FILL}
+VIEW_RIG = {
+    "azimuths_deg": list(VIEW_AZIMUTHS_DEG),
+    "elevation_deg": 0.0,
+    "projection": "orthographic",
+    "fill": FRAME_FILL,
+}
 
 
 def write_components(

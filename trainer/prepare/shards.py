@@ -1,6 +1,7 @@
 """Packed training data on disk: safetensors shards with a JSON record beside each.
 
 A shard appears under its final name only when it is whole, records last; so a stopped preparation goes on where it was.
+Temporary files carry the process's number: two processes that write the same shard cannot mix their bytes.
 """
 
 from __future__ import annotations
@@ -8,10 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
+
+from triptych.errors import TriptychError
 
 FORMAT = 1
 SPLIT_SHARES = (("train", 0.95), ("validation", 0.025), ("test", 0.025))
@@ -27,28 +33,72 @@ def split_of(content_hash: str) -> str:
     return SPLIT_SHARES[-1][0]
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises TriptychError when the disk is full or the folder not writable."""
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1))
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save(temporary)
+        with temporary.open("r+b") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        said = getattr(error, "strerror", None) or error
+        raise TriptychError(
+            f"cannot write {path} ({said}): free some space or mend the folder, then run the same command again; "
+            "what is finished is kept"
+        ) from error
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_shard(folder: Path, name: str, records: list[dict], samples: list[dict[str, np.ndarray]]) -> None:
     """``samples`` row by row as the records' ``rows`` say; a shard without samples has records only."""
     if samples:
-        path = folder / f"{name}.safetensors"
-        temporary = path.with_name(path.name + ".part")
-        save_file({key: np.ascontiguousarray(np.stack([s[key] for s in samples])) for key in samples[0]}, str(temporary))
-        temporary.replace(path)
+        arrays = {key: np.ascontiguousarray(np.stack([s[key] for s in samples])) for key in samples[0]}
+        _write(folder / f"{name}.safetensors", lambda temporary: save_file(arrays, str(temporary)))
     write_json(folder / f"{name}.json", records)
 
 
 def read_records(folder: Path) -> list[dict]:
-    """Records of all whole shards, each with ``shard`` added, in shard order."""
+    """Records of all whole shards, each with ``shard`` added, in shard order.
+
+    A shard whose arrays are missing or cut short gives no records: its objects count as not yet built.
+    """
     found = []
     for path in sorted(folder.glob("shard_*.json")):
-        found += [record | {"shard": path.stem} for record in json.loads(path.read_text(encoding="utf-8"))]
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if any(record["rows"] for record in records) and not _is_whole(path.with_suffix(".safetensors")):
+            continue
+        found += [record | {"shard": path.stem} for record in records]
     return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files of a preparation that was killed."""
+    for path in folder.glob("*.part"):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    """A safetensors file begins with the length of its header, which says where the last array ends."""
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+            end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+            return path.stat().st_size == 8 + length + end
+    except (OSError, ValueError, MemoryError, OverflowError):
+        return False

@@ -40,7 +40,7 @@ class StructureFlowConfig:
     num_heads: int = 8
     mlp_ratio: float = 3.0
     image_size: int = 128
-    encoder_channels: tuple[int, int] = (64, 96)
+    encoder_channels: tuple[int, int] = (48, 96)
     encoder_blocks: tuple[int, int] = (2, 2)
     view_shares: tuple[float, float, float, float] = (0.25, 0.2, 0.15, 0.4)
     drop_condition: float = 0.1
@@ -55,8 +55,10 @@ def load_vae(folder: str | Path) -> tuple[SparseStructureEncoder, SparseStructur
     """Encoder and decoder of an exported structure VAE, frozen, with the encoder's and decoder's configs."""
     bundle = load_bundle(Path(folder))
     encoder, decoder = bundle.network("structure_encoder"), bundle.network("structure_decoder")
+    if not (isinstance(encoder, SparseStructureEncoder) and isinstance(decoder, SparseStructureDecoder)):
+        raise TriptychError(f"{folder} holds no structure VAE: export a run of the task structure_vae")
     for module in (encoder, decoder):
-        module.to(memory_format=torch.channels_last_3d)
+        module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     configs = {key: bundle.manifest.components[f"structure_{key}"].config for key in ("encoder", "decoder")}
     return encoder, decoder, configs
 
@@ -131,7 +133,7 @@ class StructureFlowTask:
             item = mirrored(item)
         count = 1 + int(generator.choice(4, p=np.array(self.config.view_shares) / sum(self.config.view_shares)))
         views = np.sort(generator.permutation(4)[:count])
-        pictures = relight(item["albedo"], item["normal"], generator)[views.tolist()]
+        pictures = relight(item["albedo"], item["normal"], generator, views.tolist())
         side = 2 ** (len(self.vae_configs["encoder"]["channels"]) - 1)
         shape = (self.vae_configs["encoder"]["latent_channels"], *[item["sdf"].shape[0] // side] * 3)
         time = logit_normal_times(
@@ -165,10 +167,10 @@ class StructureFlowTask:
     def loss(self, model: LiftedStructureFlow, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Any]]:
         with torch.no_grad():
             x_0 = model.normalize(self._encode(batch["sdf"]))
-        x_t = model.tokens(interpolate(x_0, batch["noise"], batch["time"]))
+        x_t = model.to_tokens(interpolate(x_0, batch["noise"], batch["time"]))
         cond = drop_some(model.condition(self.posed(batch)), batch["drop"])
         clean = model.predict_tokens(x_t[cond.active], 1000 * batch["time"], cond)
-        error = (clean.float() - model.tokens(x_0)[cond.active]).square().mean(dim=-1)
+        error = (clean.float() - model.to_tokens(x_0)[cond.active]).square().mean(dim=-1)
         error = torch.stack([part.mean() for part in error.split(cond.lengths)])
         weight = batch["time"].clamp_min(self.config.min_weight_time) ** -2
         return (error * weight).mean(), {"latent_error": error.detach().mean(), "active": cond.active.float().mean()}
@@ -185,7 +187,7 @@ class StructureFlowTask:
         for i in range(min(self.config.validation_objects, len(self.held_out.records))):
             item = self.held_out[i * step]
             generator = np.random.default_rng(i)
-            pictures = relight(item["albedo"], item["normal"], generator)[views]
+            pictures = relight(item["albedo"], item["normal"], generator)[views]  # the same light, however many views
             noise = generator.standard_normal((8, 16, 16, 16), dtype=np.float32)
             samples.append({
                 "images": (pictures * 255 + 0.5).to(torch.uint8),
@@ -208,7 +210,7 @@ class StructureFlowTask:
             v = model(batch["noise"].to(self.device), torch.full((len(sdf),), 1000.0, device=self.device), cond)
             clean = batch["noise"].to(self.device) - v
             logits = torch.cat([self.decoder(part) for part in model.denormalize(clean).split(8)])
-            wrong = (model.tokens(clean) - model.tokens(x_0)).square().mean(-1)
+            wrong = (model.to_tokens(clean) - model.to_tokens(x_0)).square().mean(-1)
             found |= {f"latent_error_{name}": float(wrong[cond.active].mean())}
             found |= {f"iou_{name}": float(solid_iou(logits.float(), sdf).mean())}
         found["loss"] = found["latent_error_four"] + found["latent_error_one"]

@@ -23,7 +23,7 @@ from triptych.models.structure_vae import SparseStructureDecoder, SparseStructur
 
 @dataclass(frozen=True)
 class StructureVaeConfig:
-    """data: a prepared folder. Channels are those of the encoder, fine to coarse, and of the decoder, coarse to fine."""
+    """data: a prepared folder. Channels: of the encoder, fine to coarse, and of the decoder, coarse to fine."""
 
     data: str
     latent_channels: int = 8
@@ -54,7 +54,7 @@ class StructureVae(nn.Module):
 def symmetric(volume: np.ndarray, number: int) -> np.ndarray:
     """One of the cube's 48 symmetries of a (R, R, R) volume."""
     axes = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)][number % 6]
-    flips = [axis for axis in range(3) if number // 6 >> axis & 1]
+    flips = tuple(axis for axis in range(3) if number // 6 >> axis & 1)
     return np.flip(volume.transpose(axes), flips)
 
 
@@ -76,7 +76,7 @@ class StructureVaeTask:
         for module in model.modules():
             if isinstance(module, nn.Conv3d) and module.weight.shape[-1] == 3 and module.weight.abs().sum() == 0:
                 nn.init.normal_(module.weight, std=1e-3)
-        return model.to(memory_format=torch.channels_last_3d)
+        return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def setup(self, device: torch.device) -> None:
         self.device = device
@@ -144,8 +144,14 @@ class StructureVaeTask:
         write_components(
             folder,
             {
-                "structure_encoder": (model.encoder, {"in_channels": 1, "channels": list(config.encoder_channels)} | shared),
-                "structure_decoder": (model.decoder, {"out_channels": 1, "channels": list(config.decoder_channels)} | shared),
+                "structure_encoder": (
+                    model.encoder,
+                    {"in_channels": 1, "channels": list(config.encoder_channels)} | shared,
+                ),
+                "structure_decoder": (
+                    model.decoder,
+                    {"out_channels": 1, "channels": list(config.decoder_channels)} | shared,
+                ),
             },
             provenance,
         )

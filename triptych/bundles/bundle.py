@@ -33,7 +33,7 @@ class Bundle:
         """The network of that name. Raises TriptychError when the bundle lacks it or its file fails a check."""
         if not self.has(component):
             have = ", ".join(self.manifest.components)
-            raise TriptychError(f"the bundle {self.name} has no component {component!r} (it has {have}): choose another bundle")
+            raise TriptychError(f"the bundle {self.name} has no {component!r}, only {have}: choose another bundle")
         if component not in self._networks:
             self._networks[component] = load_network(self.folder, self.manifest.components[component])
         return self._networks[component]
@@ -67,12 +67,12 @@ def load_bundle(name: str | Path | None = None, search: Sequence[Path] = ()) -> 
 
 
 def _download(repository: str) -> Path:
-    """Fetches a bundle from the Hugging Face Hub; resumes, and reuses what is there. Verification follows on loading."""
+    """Fetches a bundle from the Hugging Face Hub; resumes, and reuses what is there. Loading verifies it."""
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError as error:
-        raise TriptychError(f"{repository} is no local bundle, and huggingface_hub is not installed to fetch it") from error
+        raise TriptychError(f"{repository} is no local bundle, and huggingface_hub is missing to fetch it") from error
     try:
         return Path(snapshot_download(repository, allow_patterns=[MANIFEST, "*.safetensors", "*.md"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -80,14 +80,13 @@ def write_bundle(
 ) -> Manifest:
     """Writes ``modules`` (component name -> network, constructor arguments) and the manifest, the manifest last.
 
-    dtype: of matrices and kernels; vectors and buffers stay float32. facts: further fields of Manifest.
+    dtype: of matrices, kernels and tables; vectors stay float32. facts: further fields of Manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     components = {}
     for key, (module, config) in modules.items():
-        parameters = dict(module.named_parameters())
         tensors = {
-            k: v.detach().cpu().to(_LOW[dtype] if k in parameters and v.dim() > 1 else v.dtype).contiguous()
+            k: v.detach().cpu().to(_LOW[dtype] if v.is_floating_point() and v.dim() > 1 else v.dtype).contiguous()
             for k, v in module.state_dict().items()
         }
         path = folder / f"{key}.safetensors"
@@ -116,11 +115,11 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise TriptychError(f"{folder} is not a bundle: it has no {MANIFEST}")
     if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, more than a manifest may have: fetch the bundle again")
+        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, too many for a manifest: fetch it again")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] > FORMAT:
-            raise TriptychError(f"{path} has format {data['format']}, this version reads up to {FORMAT}: update Triptych")
+            raise TriptychError(f"{path} has format {data['format']}, {FORMAT} is the newest known: update Triptych")
         components = {key: Component(**value) for key, value in data.pop("components").items()}
         return Manifest(components=components, **data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,10 +136,12 @@ def verify_file(folder: Path, component: Component) -> Path:
     if not path.is_file():
         raise TriptychError(f"{path} is missing: fetch the bundle again")
     if path.stat().st_size != component.bytes:
-        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes instead of {component.bytes:,}: fetch the bundle again")
+        size = path.stat().st_size
+        raise TriptychError(f"{path} has {size:,} bytes instead of {component.bytes:,}: fetch the bundle again")
     found = file_sha256(path)
     if found != component.sha256:
-        raise TriptychError(f"{path} was changed (sha256 {found[:12]}.. instead of {component.sha256[:12]}..): fetch it again")
+        wanted = component.sha256[:12]
+        raise TriptychError(f"{path} was changed (sha256 {found[:12]}.. instead of {wanted}..): fetch the bundle again")
     try:
         with safe_open(str(path), framework="pt") as handle:
             names = set(handle.keys())
@@ -173,8 +174,7 @@ def load_network(folder: Path, component: Component) -> nn.Module:
     _same_names(path, set(component.tensors), set(wanted), f"{component.class_name} with this config")
     for name, (_, shape) in component.tensors.items():
         if list(wanted[name].shape) != shape:
-            raise TriptychError(
-                f"{path}: tensor {name} is {shape}, {component.class_name} with this config has {list(wanted[name].shape)}"
-            )
+            needed = list(wanted[name].shape)
+            raise TriptychError(f"{path}: tensor {name} is {shape}, {component.class_name} needs {needed}")
     network.load_state_dict(load_file(str(path)), strict=True)
     return network.float().eval().requires_grad_(False)

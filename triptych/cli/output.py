@@ -66,6 +66,8 @@ class Export:
             if not target.exists():
                 self._new.append(target)
             os.replace(path, target)
+        self._staging.rmdir()
+        self._staging = None
         return targets
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

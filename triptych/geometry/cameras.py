@@ -42,7 +42,7 @@ class Camera:
     def __post_init__(self) -> None:
         if (self.half_extent is None) == (self.fov_deg is None):
             raise ValueError(
-                f"a camera is orthographic (half_extent) or perspective (fov_deg), got {self.half_extent=} and {self.fov_deg=}"
+                f"a camera has either half_extent or fov_deg, got {self.half_extent=} and {self.fov_deg=}"
             )
         if not -90 < self.elevation_deg < 90:
             raise ValueError(f"elevation_deg must lie in (-90, 90), got {self.elevation_deg}")
@@ -50,6 +50,11 @@ class Camera:
     @property
     def is_orthographic(self) -> bool:
         return self.fov_deg is None
+
+    @property
+    def _tangent(self) -> float:
+        """Half of a perspective frame's side at depth 1."""
+        return math.tan(math.radians(self.fov_deg or 0.0) / 2)
 
     def position(self) -> torch.Tensor:
         """Camera centre in the world, (3,) float32."""
@@ -65,12 +70,12 @@ class Camera:
         )
 
     def project(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """World points (..., 3) -> NDC (..., 2) and depth (...): the distance along the view axis, positive in front."""
+        """World points (..., 3) -> NDC (..., 2) and depth (...), the distance along the view axis, positive ahead."""
         camera = points @ self.rotation().to(points).T
         depth = self.radius - camera[..., 2]
         if self.half_extent is not None:
             return camera[..., :2] / self.half_extent, depth
-        scale = depth * math.tan(math.radians(self.fov_deg) / 2)
+        scale = depth * self._tangent
         return camera[..., :2] / scale[..., None], depth
 
     def clip(self, points: torch.Tensor) -> torch.Tensor:
@@ -90,8 +95,7 @@ class Camera:
         if self.half_extent is not None:
             origins = self.position() + self.half_extent * (x[..., None] * right + y[..., None] * up)
             return origins, (-backward).expand_as(origins).clone()
-        tangent = math.tan(math.radians(self.fov_deg) / 2)
-        directions = -backward + tangent * (x[..., None] * right + y[..., None] * up)
+        directions = -backward + self._tangent * (x[..., None] * right + y[..., None] * up)
         return self.position().expand_as(directions).clone(), torch.nn.functional.normalize(directions, dim=-1)
 
 

@@ -102,5 +102,5 @@ class Mesh:
         low, high = self.bounds.astype(np.float64)
         longest = float((high - low).max())
         if not np.isfinite(longest) or longest <= 0:
-            raise TriptychError(f"the mesh has no extent (bounds {low.tolist()} to {high.tolist()}): nothing to normalise")
+            raise TriptychError(f"the mesh has no extent ({low.tolist()} to {high.tolist()}): nothing to scale")
         return self.replace(vertices=((self.vertices - (low + high) / 2) / longest).astype(np.float32))

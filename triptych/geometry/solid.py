@@ -6,7 +6,7 @@ The network learns solids, so a rule decides what "inside" means:
 1. Every triangle is covered by a lattice of points no further apart than half a fine cell (twice the resolution), so
    the marked fine cells let no 6-connected path through.
 2. Whatever a flood from above and from the sides cannot reach is inside. The flood does not enter from below: an
-   object stands on the floor, so an open bottom is filled. A cup stays hollow, a house without a floor does not.
+   object stands on the floor, so an open bottom is filled: a cup stays hollow, a house does not.
 3. Each surface sample looks to both of its sides. Inside and outside: a wall of the solid, its normal now points out.
    Outside on both sides: a sheet, which is given a thickness of one voxel. Inside on both sides: an inner wall, dropped.
 4. The distance at a voxel's centre is measured to the nearest kept sample's tangent disc.
@@ -47,8 +47,8 @@ def cover_surface(mesh: Mesh, spacing: float) -> tuple[np.ndarray, np.ndarray]:
     counts = np.ceil(longest[face] * (1 - up) / spacing).astype(np.int64) + 1
     if counts.sum() > _MAX_SAMPLES:
         raise TriptychError(
-            f"the mesh needs {counts.sum():,} surface samples, more than {_MAX_SAMPLES:,}: it overlaps itself too often; "
-            "clean it first (merge duplicate faces)"
+            f"the mesh needs {counts.sum():,} surface samples, more than {_MAX_SAMPLES:,}, for its faces overlap: "
+            "merge duplicate faces first"
         )
     row = np.repeat(np.arange(len(face)), counts)
     column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -141,7 +141,7 @@ def _nearest(points: np.ndarray, normals: np.ndarray, resolution: int, band: flo
     for start in range(0, len(samples), 2048):  # small enough that the pairs stay in the cache
         p, n = samples[start : start + 2048], directions[start : start + 2048]
         nearest = torch.round(p)
-        plane = square = place = 0
+        plane, square, place = torch.zeros(()), torch.zeros(()), torch.zeros((), dtype=torch.int64)
         for axis, shape in enumerate(((-1, len(steps), 1, 1), (-1, 1, len(steps), 1), (-1, 1, 1, len(steps)))):
             gap = (nearest - p)[:, axis, None] + steps
             plane = plane + (gap * n[:, axis, None]).view(shape)
@@ -154,7 +154,7 @@ def _nearest(points: np.ndarray, normals: np.ndarray, resolution: int, band: flo
         key = (square_distance.view(torch.int32).long() << 32) | number
         best.scatter_reduce_(0, place.view(-1), key.view(-1), "amin")
     inner = slice(reach + 1, reach + 1 + resolution)
-    best = best.view(size, size, size)[inner, inner, inner].contiguous().numpy()
-    distance = np.sqrt((best >> 32).astype(np.int32).view(np.float32))
-    distance = np.where(best == np.iinfo(np.int64).max, band, np.minimum(distance, band)).astype(np.float32)
-    return distance, np.where(distance < band, best & 0xFFFFFFFF, -1)
+    found = best.view(size, size, size)[inner, inner, inner].contiguous().numpy()
+    distance = np.sqrt((found >> 32).astype(np.int32).view(np.float32))
+    distance = np.where(found == np.iinfo(np.int64).max, band, np.minimum(distance, band)).astype(np.float32)
+    return distance, np.where(distance < band, found & 0xFFFFFFFF, -1)

@@ -44,9 +44,7 @@ class PosedViews:
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.cameras) or sum(self.counts) != len(self.cameras) or min(self.counts) < 1:
-            raise ValueError(
-                f"{len(self.images)} images, {len(self.cameras)} cameras and counts {self.counts} do not belong together"
-            )
+            raise ValueError(f"{len(self.images)} images, {len(self.cameras)} cameras, counts {self.counts} disagree")
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,8 @@ class LiftedCondition:
 
     def null(self) -> LiftedCondition:
         """The unconditional twin for guidance: same active tokens, no picture."""
-        return LiftedCondition(
-            self.active, self.lengths, torch.zeros_like(self.lifted_TC), torch.zeros_like(self.context), self.context_lengths
-        )
+        nothing = torch.zeros_like(self.lifted_TC), torch.zeros_like(self.context)
+        return LiftedCondition(self.active, self.lengths, *nothing, self.context_lengths)
 
 
 class _ResBlock(nn.Module):
@@ -83,7 +80,7 @@ class _ResBlock(nn.Module):
 
 
 class ViewEncoder(nn.Module):
-    """A small convolutional encoder: (N, 4, S, S) premultiplied RGBA -> a feature map of stride 8 and tokens of stride 16."""
+    """A small convolutional encoder: (N, 4, S, S) straight RGBA -> features of stride 8 and tokens of stride 16."""
 
     def __init__(self, channels: tuple[int, int], num_res_blocks: tuple[int, int], token_channels: int) -> None:
         super().__init__()
@@ -92,13 +89,13 @@ class ViewEncoder(nn.Module):
         self.fine = nn.Sequential(*[_ResBlock(fine) for _ in range(num_res_blocks[0])])
         self.down = nn.Conv2d(fine, coarse, 2, stride=2)
         self.coarse = nn.Sequential(*[_ResBlock(coarse) for _ in range(num_res_blocks[1])], nn.GroupNorm(1, coarse))
-        self.to_tokens = nn.Conv2d(coarse, token_channels, 2, stride=2)
+        self.tokens = nn.Conv2d(coarse, token_channels, 2, stride=2)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([images[:, :3] * images[:, 3:], images[:, 3:]], dim=1)
         x = F.pixel_unshuffle(x * 2 - 1, 4).contiguous(memory_format=torch.channels_last)
         features = self.coarse(self.down(self.fine(self.stem(x))))
-        return features, self.to_tokens(features)
+        return features, self.tokens(features)
 
 
 class Lift(nn.Module):
@@ -170,18 +167,26 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         self.image_size = image_size
         self.side = self.resolution // self.patch_size
         latent = self.in_channels * self.patch_size**3
-        self.view_encoder = ViewEncoder(tuple(encoder_channels), tuple(encoder_blocks), context)
-        self.lift = Lift(encoder_channels[1], channels)
+        fine, coarse = encoder_channels
+        self.view_encoder = ViewEncoder((fine, coarse), (encoder_blocks[0], encoder_blocks[1]), context)
+        self.lift = Lift(coarse, channels)
         self.view_geometry = nn.Linear(_GEOMETRY, context)
         self.register_buffer("latent_mean", torch.zeros(self.in_channels))
         self.register_buffer("latent_std", torch.ones(self.in_channels))
         self.register_buffer("empty_tokens", torch.zeros(self.side**3, latent))
         patches = image_size // 16
-        self.register_buffer("image_pos", AbsolutePositionEmbedder(context, 2)(
-            torch.cartesian_prod(torch.arange(patches), torch.arange(patches))), persistent=False)  # fmt: skip
+        places = torch.cartesian_prod(torch.arange(patches), torch.arange(patches))
+        self.register_buffer("image_pos", AbsolutePositionEmbedder(context, 2)(places), persistent=False)
         self.register_buffer("probe", block_points(self.side, 2), persistent=False)
         self.register_buffer("fine_probe", block_points(self.side, 4), persistent=False)
         self._projections: dict = {}
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    empty_tokens: Tensor
+    image_pos: Tensor
+    probe: Tensor
+    fine_probe: Tensor
 
     # ---- latents
 
@@ -189,7 +194,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         """mean, std (channels,) of the latents; empty (channels, R, R, R): the latent of an empty grid."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
-        self.empty_tokens.copy_(self.tokens(self.normalize(empty[None]))[0])
+        self.empty_tokens.copy_(self.to_tokens(self.normalize(empty[None]))[0])
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
@@ -197,7 +202,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     def denormalize(self, z: Tensor) -> Tensor:
         return z * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
 
-    def tokens(self, x: Tensor) -> Tensor:
+    def to_tokens(self, x: Tensor) -> Tensor:
         """(B, C, R, R, R) -> (B, L, C * p^3)."""
         return patchify(x, self.patch_size).flatten(2).transpose(1, 2)
 
@@ -206,8 +211,10 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     def condition(self, views: PosedViews) -> LiftedCondition:
         """Encodes the views of a batch. Raises ValueError for pictures of another size than ``image_size``."""
         if views.images.shape[1:] != (4, self.image_size, self.image_size):
-            raise ValueError(f"views are {tuple(views.images.shape)}, expected (N, 4, {self.image_size}, {self.image_size})")
-        sample = torch.repeat_interleave(torch.arange(len(views.counts)), torch.tensor(views.counts)).to(views.images.device)
+            size = self.image_size
+            raise ValueError(f"views are {tuple(views.images.shape)}, expected (N, 4, {size}, {size})")
+        sample = torch.repeat_interleave(torch.arange(len(views.counts)), torch.tensor(views.counts))
+        sample = sample.to(views.images.device)
         active = self.active_blocks(views, sample)
         features, tokens = self.view_encoder(views.images)
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(views.images.device)
@@ -220,7 +227,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
 
     @torch.no_grad()
     def active_blocks(self, views: PosedViews, sample: Tensor) -> Tensor:
-        """(B, L) bool: blocks with a point that lies inside the (slightly dilated) silhouettes of all the sample's views."""
+        """(B, L) bool: blocks with a point inside the (slightly dilated) silhouettes of all the sample's views."""
         masks = F.max_pool2d(views.images[:, 3:].float(), 9, stride=1, padding=4)
         inside = torch.ones(len(views.counts), *self.fine_probe.shape[:2], dtype=torch.bool, device=masks.device)
         for mask, camera, b in zip(masks, views.cameras, sample.tolist(), strict=True):
@@ -294,9 +301,9 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         )
         return self.head(h[0])
 
-    def forward(self, x: Tensor, t: Tensor, cond: LiftedCondition) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: LiftedCondition) -> Tensor:  # type: ignore[override]
         """Velocity (B, C, R, R, R) at normalised latents x; t (B,) is the flow time times 1000."""
-        noisy = self.tokens(x)
+        noisy = self.to_tokens(x)
         clean = self.empty_tokens.expand_as(noisy).clone()
         clean[cond.active] = self.predict_tokens(noisy[cond.active], t, cond).type(clean.dtype)
         time = (t / 1000).clamp_min(_MIN_TIME)[:, None, None]

@@ -75,9 +75,8 @@ class SparseStructureFlowModel(nn.Module):
         self.dtype = torch.float32
 
         self.t_embedder = TimestepEmbedder(model_channels)
-        self.adaLN_modulation: nn.Module | None = None
         if share_mod:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(model_channels, 6 * model_channels))
+            self.adaLN_modulation: nn.Module = nn.Sequential(nn.SiLU(), nn.Linear(model_channels, 6 * model_channels))
         axis = torch.arange(resolution // patch_size)
         coords = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).reshape(-1, 3)
         self.register_buffer("pos_emb", AbsolutePositionEmbedder(model_channels)(coords))
@@ -145,7 +144,7 @@ class SparseStructureFlowModel(nn.Module):
         """The torso on a dense (B, L, C) or packed (1, sum(lengths), C) batch; t_emb (B, C). As the block's forward."""
         runs = batch_runs(h, context, lengths=lengths, context_lengths=context_lengths)
         dtype = self.torso_dtype(h.device)
-        mod = (t_emb if self.adaLN_modulation is None else self.adaLN_modulation(t_emb)).type(dtype)
+        mod = (self.adaLN_modulation(t_emb) if self.share_mod else t_emb).type(dtype)
         tokens, context = h.flatten(0, 1).type(dtype), context.flatten(0, 1).type(dtype)
         for block in self.blocks:
             if self.use_checkpoint and self.training:

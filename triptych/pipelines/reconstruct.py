@@ -39,9 +39,9 @@ Cancel = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Settings:
-    """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0 for
-    vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away what
-    projects outside of a view."""
+    """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0
+    for vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away
+    what projects outside of a view."""
 
     seed: int = 0
     steps: int | None = None
@@ -75,7 +75,8 @@ def mesh_from_views(
     """Reconstructs the object that ``views`` (1-4, prepared) show.
 
     progress(stage, fraction) is called with the share of the whole that is done, 0-1. cancel() is asked between steps;
-    Cancelled is raised when it returns True. Raises TriptychError when nothing solid is found or a setting is out of range.
+    Cancelled is raised when it returns True. Raises TriptychError when nothing solid is found and for settings out of
+    range.
     """
     settings = _resolved(settings or Settings(), bundle)
     clock = _Clock(progress or (lambda stage, fraction: None), cancel or (lambda: False))
@@ -139,7 +140,7 @@ def structure_from_views(
 def surface_from_field(field: np.ndarray, target_faces: int = 0) -> Mesh:
     """The isosurface of a signed field, without floating crumbs, decimated to about ``target_faces`` (0: all)."""
     if not (field > 0).any():
-        raise TriptychError("the network found nothing solid in these views: check that each shows the whole object, cut out")
+        raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
     mesh = keep_components(isosurface(field), min_share=0.02)
     mesh = smooth(mesh, iterations=4)
     if target_faces and len(mesh.faces) > target_faces:

@@ -1,0 +1,238 @@
+"""``views`` and ``demo``: pictures of one object -> mesh files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TriptychError
+from .arguments import FORMATS, VIEWS, UsageError
+from .output import Export, free_number
+from .report import Progress, heard_warnings, to_json, warn, write_summary
+
+if TYPE_CHECKING:
+    from ..bundles.bundle import Bundle
+    from ..geometry.mesh import Mesh
+    from ..images.views import ViewSet
+
+TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
+# Where in the whole the pipeline's own 0-1 lies; the rest is preparation, loading and writing.
+_PIPELINE = (0.15, 0.9)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to write. stem: None takes it from the pictures. sample: show the sample object, and keep its views."""
+
+    folder: Path
+    stem: str | None
+    formats: tuple[str, ...]
+    viewer: bool
+    turntable: bool
+    sample: bool = False
+
+
+def views(args: argparse.Namespace) -> int:
+    if not (args.pictures or args.sheet or any(getattr(args, name) for name in VIEWS)):
+        raise UsageError("no pictures were given: name one to four files, or --sheet FILE (see views --help)")
+    folder, stem, suffix = _split_target(args.out)
+    wanted = Wanted(folder, stem, args.formats or (suffix,), args.viewer, args.turntable)
+    print(to_json(_run(args, wanted)))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    sample = not (args.pictures or args.sheet or any(getattr(args, name) for name in VIEWS))
+    wanted = Wanted(Path(args.out), None, ("obj", "glb"), viewer=True, turntable=True, sample=sample)
+    print(_in_words(_run(args, wanted)))
+    return 0
+
+
+def _split_target(out: str) -> tuple[Path, str | None, str]:
+    """-o -> folder, stem or None, format. A path with the suffix of a mesh is a file, one without any a folder."""
+    path = Path(out)
+    suffix = path.suffix.lower().lstrip(".")
+    if path.is_dir() or out.endswith(("/", "\\")) or not suffix:
+        return path, None, "obj"
+    if suffix not in FORMATS:
+        raise UsageError(f"-o {out} has no suffix of a mesh format: use one of {', '.join(FORMATS)}, or name a folder")
+    return path.parent, path.stem, suffix
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str]:
+    """View name -> file, of pictures in order and pictures by name."""
+    if len(args.pictures) > len(VIEWS):
+        raise TriptychError(
+            f"{len(args.pictures)} pictures were given, at most 4 can be used (front, left, back, right): leave some out"
+        )
+    found = dict(zip(VIEWS, args.pictures, strict=False))
+    for name in VIEWS:
+        file = getattr(args, name)
+        if file is not None and name in found:
+            raise UsageError(
+                f"the {name} view is given twice, as picture {VIEWS.index(name) + 1} ({found[name]}) and as --{name} "
+                f"({file}): pictures without a name are taken as front, left, back, right, so give it once"
+            )
+        if file is not None:
+            found[name] = file
+    return found
+
+
+def _read_views(args: argparse.Namespace, sample: bool) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Picture sources by view, what to call them, and a name for the object."""
+    if sample:
+        from ..procedural import sample_views
+
+        return dict(sample_views()), dict.fromkeys(VIEWS, "the sample object"), "sample"
+    files = _sources(args)
+    if args.sheet is not None:
+        if files:
+            raise UsageError(f"--sheet {args.sheet} holds all views: give the sheet or single pictures, not both")
+        from ..images.sheets import split_sheet
+
+        cells = split_sheet(args.sheet)
+        return dict(cells), dict.fromkeys(cells, args.sheet), _object_name(args.sheet)
+    return dict(files), files, _object_name(files.get("front") or next(iter(files.values())))
+
+
+def _object_name(file: str) -> str:
+    """chair_front.png -> chair; front.png -> object, because an export named front would be taken for a view."""
+    stem = Path(file).stem
+    return re.sub(rf"(^|[ ._-]+)({'|'.join(VIEWS)}|views|sheet)$", "", stem, flags=re.IGNORECASE) or "object"
+
+
+class _Clock:
+    """Seconds by stage, shown while they pass."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str, begin: float, end: float) -> Iterator[None]:
+        started = time.perf_counter()
+        self.progress.show(name, begin)
+        yield
+        self.progress.show(name, end)
+        self.seconds[name] = round(time.perf_counter() - started, 4)
+
+    def pipeline(self, stage: str, fraction: float) -> None:
+        low, high = _PIPELINE
+        self.progress.show(stage, low + (high - low) * fraction)
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.perf_counter() - self._started, 4)}
+
+
+def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
+    """The whole job; its summary. The folder is tried first: nobody waits for a mesh that cannot be kept."""
+    with heard_warnings() as heard, Export(wanted.folder, overwrite=args.overwrite) as export:
+        from ..bundles.bundle import load_bundle
+        from ..images.views import prepare_views
+        from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views
+
+        device = _device(args.device)
+        bundle = load_bundle(args.bundle)
+        with Progress(args.quiet) as progress:
+            clock = _Clock(progress)
+            with clock.stage("prepare", 0.0, 0.1):
+                pictures, labels, name = _read_views(args, wanted.sample)
+                view_set = prepare_views(pictures, size=VIEW_SIZE, foreground=args.foreground)
+            with clock.stage("load", 0.1, _PIPELINE[0]):
+                _load_networks(bundle)
+            settings = Settings(args.seed, args.steps, args.guidance, args.texture_size, args.faces)
+            made = mesh_from_views(view_set, bundle, settings, device=device, progress=clock.pipeline)
+            clock.seconds.update(made.timings_s)
+            with clock.stage("write", _PIPELINE[1], 1.0):
+                files = _write(export, wanted, made.mesh, wanted.stem or name, pictures)
+        for sentence in dict.fromkeys((*view_set.warnings, *made.warnings)):
+            heard.append(sentence)
+            warn(sentence)
+        summary = {
+            "files": [str(path) for path in files],
+            "views": {view: str(labels[view]) for view in view_set.names},
+            "vertices": len(made.mesh.vertices),
+            "faces": len(made.mesh.faces),
+            "bundle": bundle.name,
+            "seed": made.settings.seed,
+            "steps": made.settings.steps,
+            "guidance": made.settings.guidance,
+            "texture_size": made.settings.texture_size,
+            "device": device,
+            "timings_s": clock.total(),
+            "warnings": heard,
+        }
+        if args.json is not None:
+            write_summary(summary, args.json)
+        return summary
+
+
+def _load_networks(bundle: Bundle) -> None:
+    """Loads, and so checks, what the main job uses, before it is timed."""
+    for component in ("structure_flow", "structure_decoder"):
+        bundle.network(component)
+
+
+def _device(choice: str) -> str:
+    import torch
+
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise TriptychError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return "cpu" if choice == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+def _write(export: Export, wanted: Wanted, mesh: Mesh, stem: str, pictures: dict[str, Any]) -> list[Path]:
+    """Everything that is wanted, under one number that is free for all of it."""
+    from ..geometry.files import write_mesh
+    from ..render.sheets import turntable_sheet
+    from ..viewer.export import write_viewer
+
+    extras = {TURNTABLE: wanted.turntable, VIEWER: wanted.viewer, INPUTS: wanted.sample}
+    others = [pattern for pattern, is_wanted in extras.items() if is_wanted]
+    number = "" if export.overwrite else free_number(wanted.folder, stem, others)
+    names = {pattern: pattern.format(stem=stem + number, number=number) for pattern in others}
+    for suffix in wanted.formats:
+        write_mesh(mesh, export.place(f"{stem}{number}.{suffix}"))
+    if wanted.turntable:
+        turntable_sheet(mesh, export.place(names[TURNTABLE]))
+    if wanted.viewer:
+        write_viewer(mesh, export.place(names[VIEWER]), title=stem + number)
+    if wanted.sample:
+        from ..images.files import write_png
+        from ..images.sheets import join_sheet
+
+        write_png(join_sheet(pictures, "row", background=(1, 1, 1)), export.place(names[INPUTS]))
+    return export.commit()
+
+
+_MEANINGS = (
+    ("_views.png", "the pictures that went in"),
+    ("_turntable.png", "the mesh from eight sides"),
+    (".html", "the mesh to turn around: open it in a browser"),
+    (".obj", "the mesh, with its .mtl and texture beside it"),
+    (".glb", "the same in one file"),
+)
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    """The demo's last lines."""
+    files: list[str] = summary["files"]
+    shown = [(file, meaning) for suffix, meaning in _MEANINGS for file in files if file.endswith(suffix)]
+    width = max(len(file) for file, _ in shown)
+    count = len(summary["views"])
+    seconds = dict(summary["timings_s"])
+    total = seconds.pop("total")
+    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
+    return "\n".join([
+        f"{summary['faces']:,} triangles from {count} view{'s' * (count > 1)} ({', '.join(summary['views'])}) by "
+        f"{summary['bundle']}, seed {summary['seed']}, {summary['steps']} steps:",
+        *(f"  {file:<{width}}  {meaning}" for file, meaning in shown),
+        f"{total:.1f} s: {stages}.",
+    ])  # fmt: skip
