@@ -1,4 +1,4 @@
-"""How fast the torch rasteriser is beside ray casting with embree (through trimesh), at the same resolution, in one run.
+"""How fast the torch rasteriser is beside ray casting with embree (through trimesh), at one resolution, in one run.
 
     python benchmarks/rasterize.py [--repeats 5] [--threads 2]
 
@@ -9,11 +9,13 @@ ray caster's acceleration structure is built outside its time. Embree itself use
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ from triptych.render.views import render_views  # noqa: E402
 
 def bumpy(faces: int) -> trimesh.Trimesh:
     """A star-shaped body with about this many faces: overlapping bumps, so that depth matters."""
-    rows = max(8, round((faces / 4) ** 0.5))
+    rows = max(8, round((faces / 7.9) ** 0.5))
     body = trimesh.creation.uv_sphere(radius=1.0, count=[rows, 2 * rows])
     x, y, z = body.vertices.T
     radius = 0.4 + 0.06 * np.sin(9 * x) * np.sin(8 * y + 1) * np.sin(7 * z + 2)
@@ -73,7 +75,8 @@ def compare(faces: int, size: int, cameras: list[Camera], repeats: int) -> None:
     vertices, triangles = torch.tensor(body.vertices).float(), torch.tensor(np.asarray(body.faces))
 
     def draw() -> Fragments:
-        return rasterize(torch.stack([camera.clip(vertices) for camera in cameras]), triangles, size, size, backend="torch")
+        clip = torch.stack([camera.clip(vertices) for camera in cameras])
+        return rasterize(clip, triangles, size, size, backend="torch")
 
     name = f"{len(body.faces):>7,} faces, {len(cameras)} view(s) of {size} x {size}"
     drawn_s = best_s(draw, repeats)
@@ -85,10 +88,10 @@ def compare(faces: int, size: int, cameras: list[Camera], repeats: int) -> None:
     cast_s = best_s(casting, repeats)
     fragments, (ids, depths) = draw(), casting()
     both = (ids >= 0) & (fragments.triangle_id.view(-1).numpy() >= 0)
-    close = np.abs(depths - fragments.depth.view(-1).numpy())[both] < 2e-4
+    close = np.abs(depths[both] - fragments.depth.view(-1).numpy()[both]) < 2e-4
     print(
-        f"{name}: rasterize {drawn_s * 1e3:7.1f} ms, embree rays {cast_s * 1e3:7.1f} ms, ratio {cast_s / drawn_s:5.2f} x, "
-        f"depth agrees on {100 * close.mean():.2f} %"
+        f"{name}: rasterize {drawn_s * 1e3:7.1f} ms, embree rays {cast_s * 1e3:7.1f} ms, "
+        f"ratio {cast_s / drawn_s:5.2f} x, depth agrees on {100 * close.mean():.2f} %"
     )
 
 
@@ -98,15 +101,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    asked = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     print(f"commit {commit or 'unknown'}, {machine()}, {arguments.threads} threads, torch {torch.__version__}")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
+        print(f"the machine is busy (load {os.getloadavg()[0]:.1f}): times are upper bounds")
     compare(50_000, 512, [Camera(azimuth_deg=30, elevation_deg=20)], arguments.repeats)
     compare(1_000, 256, rig_cameras(), arguments.repeats)
     compare(10_000, 512, rig_cameras(), arguments.repeats)
     for faces in (1_000, 10_000):
         body = bumpy(faces)
         mesh = Mesh(np.asarray(body.vertices, np.float32), np.asarray(body.faces, np.int64))
-        seconds = best_s(lambda mesh=mesh: render_views(mesh, rig_cameras(), 256), arguments.repeats)
+        seconds = best_s(partial(render_views, mesh, rig_cameras(), 256), arguments.repeats)
         print(f"{len(body.faces):>7,} faces, render_views of 4 views, 256 x 256, supersample 2: {seconds * 1e3:.1f} ms")
 
 
@@ -115,7 +121,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({torch.get_num_threads()} used)"
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ SOFTWARE_GL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader")
 
 
 class Browser:
-    """One page of 640 x 640 pixels. Use as a context manager; every wait has a limit."""
+    """One page of 640 x 640 pixels. Use as a context manager; every wait ends after ``seconds``."""
 
-    def __init__(self, profile, *options, seconds=60):
-        self.deadline = time.monotonic() + seconds
+    def __init__(self, profile, *options, seconds=90):
+        self.seconds = seconds
         self.buffer, self.sequence, self.session = b"", 0, None
         command_read, self.commands = os.pipe()
         self.answers, answer_write = os.pipe()
@@ -64,8 +64,7 @@ class Browser:
 
     def _read(self):
         while b"\0" not in self.buffer:
-            left = self.deadline - time.monotonic()
-            assert left > 0 and select.select([self.answers], [], [], left)[0], "the browser did not answer in time"
+            assert select.select([self.answers], [], [], self.seconds)[0], "the browser did not answer in time"
             chunk = os.read(self.answers, 1 << 20)
             assert chunk, "the browser ended"
             self.buffer += chunk
@@ -81,8 +80,9 @@ class Browser:
         # A fresh document also when only the part after "#" changes.
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=path.as_uri() + link)
+        deadline = time.monotonic() + self.seconds
         while not self.evaluate(f"document.readyState === 'complete' && !!({until})"):
-            assert time.monotonic() < self.deadline, self.evaluate("document.body.innerText")
+            assert time.monotonic() < deadline, self.evaluate("document.body.innerText")
             time.sleep(0.02)
 
     def press(self, key):

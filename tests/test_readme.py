@@ -72,7 +72,7 @@ def help_of(*arguments):
         env={**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

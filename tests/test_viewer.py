@@ -123,7 +123,7 @@ FRONT = "#azimuth=0&elevation=0&grid=0"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    with Browser(tmp_path_factory.mktemp("profile"), *SOFTWARE_GL, seconds=200) as opened:
+    with Browser(tmp_path_factory.mktemp("profile"), *SOFTWARE_GL) as opened:
         yield opened
 
 

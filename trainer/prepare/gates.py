@@ -21,11 +21,12 @@ GATES = {
     "flat": "a flat sheet",
     "degenerate": "triangles without area",
     "open": "open beyond the limit",
+    "solid": "no solid can be made of it",
     "thin": "too thin for the voxels",
     "duplicate": "the same geometry as another object",
 }
 # Not measurements: what happened on the way. They hold until the object is built again.
-INCIDENTS = ("killed", "time", "error")
+INCIDENTS = ("killed", "time", "error", "solid")
 
 
 def _gate(default: Any, help: str) -> Any:
@@ -67,8 +68,10 @@ def judge(record: dict[str, Any], gates: Gates) -> Verdict:
 
 def reading_gate(sentence: str, file_bytes: int | None) -> str:
     """Which gate a reader's sentence belongs to; for counting only, the sentence itself is what is shown."""
-    if file_bytes == 0 or "no faces" in sentence or "no extent" in sentence:
+    if file_bytes == 0 or "no faces" in sentence:
         return "empty"
+    if "no extent" in sentence:
+        return "degenerate"
     return "non-finite" if "NaN or infinite" in sentence else "broken"
 
 

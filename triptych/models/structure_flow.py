@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ class SparseStructureFlowModel(nn.Module):
         dtype = self.torso_dtype(h.device)
         mod = (self.adaLN_modulation(t_emb) if self.share_mod else t_emb).type(dtype)
         tokens, context = h.flatten(0, 1).type(dtype), context.flatten(0, 1).type(dtype)
-        for block in self.blocks:
+        for block in cast("list[ModulatedTransformerCrossBlock]", self.blocks):
             if self.use_checkpoint and self.training:
                 tokens = checkpoint(block.forward_runs, tokens, mod, context, runs, use_reentrant=False)
             else:

@@ -1,0 +1,123 @@
+"""From a folder of meshes to a textured OBJ, with networks trained on the way: every part once, at its smallest size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+from trainer.loop import export, train
+from trainer.prepare.build import BuildOptions
+from trainer.prepare.run import prepare
+from trainer.prepare.sources import find_sources
+from trainer.recipes import build_recipe
+from trainer.tasks.structure_flow import StructureFlowConfig
+from trainer.tasks.structure_vae import StructureVaeConfig
+from triptych.bundles.bundle import load_bundle
+from triptych.geometry.files import read_mesh, write_obj
+from triptych.images.views import prepare_views
+from triptych.pipelines.reconstruct import Settings, mesh_from_views
+from triptych.procedural import sample_views
+from triptych.sampling.flow_euler import Cancelled
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Forty boxes and balls of different sides; some land in each split."""
+    folder = tmp_path_factory.mktemp("meshes")
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        shape = trimesh.creation.box(generator.uniform(0.3, 1, 3)) if i % 2 else trimesh.creation.icosphere(2)
+        shape.apply_scale(generator.uniform(0.5, 1, 3))
+        shape.export(folder / f"{i:02d}.ply")
+    out = tmp_path_factory.mktemp("data")
+    summary = prepare(find_sources([folder]), out, BuildOptions(yaws=1, view_size=64), workers=0)
+    assert summary["objects"] == 40 and min(summary["splits"].values()) >= 0 and summary["splits"]["validation"] > 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A bundle whose networks saw a few steps: nothing it says is true, but every file and shape is."""
+    runs = tmp_path_factory.mktemp("runs")
+    small = {"validate_every": 4, "pictures_every": 4, "steps": 4, "batch_size": 4, "warmup_steps": 1, "log_every": 1}
+    vae = replace(
+        build_recipe("structure_vae_tiny"),
+        task_config=StructureVaeConfig(
+            data=str(prepared), encoder_channels=(4, 8, 8), decoder_channels=(8, 8, 4), validation_objects=2
+        ),
+        **small,
+    )
+    train(vae, runs / "vae", device="cpu")
+    export(runs / "vae", runs / "vae-bundle", device="cpu")
+    flow = replace(
+        build_recipe("structure_flow_tiny"),
+        task_config=StructureFlowConfig(
+            data=str(prepared), vae=str(runs / "vae-bundle"), model_channels=48, num_blocks=1, num_heads=4,
+            image_size=64, encoder_channels=(8, 16), encoder_blocks=(1, 1), validation_objects=2,
+        ),
+        **small,
+    )  # fmt: skip
+    train(flow, runs / "flow", device="cpu")
+    export(runs / "flow", runs / "tiny", device="cpu")
+    assert list((runs / "flow" / "pictures").glob("*.png"))
+    return runs / "tiny"
+
+
+def test_bundle_says_where_it_comes_from(trained):
+    bundle = load_bundle(trained)
+    bundle.verify()
+    assert set(bundle.manifest.components) == {"structure_flow", "structure_decoder"}
+    assert bundle.manifest.provenance["step"] == 4
+    assert bundle.manifest.provenance["structure_vae"]["step"] == 4
+
+
+def solid_bundle(folder: Path):
+    """The trained bundle, with a decoder that says "inside" so that the silhouettes alone shape the mesh."""
+    bundle = load_bundle(folder)
+    with torch.no_grad():
+        bundle.network("structure_decoder").out_layer[2].weight.zero_()
+        bundle.network("structure_decoder").out_layer[2].bias.fill_(3.0)
+    return bundle
+
+
+def test_views_to_textured_obj(trained, tmp_path):
+    views = prepare_views(sample_views(256), size=256)
+    seen = []
+    bundle = solid_bundle(trained)
+    settings = Settings(steps=2, texture_size=128, target_faces=3000)
+    result = mesh_from_views(views, bundle, settings, progress=lambda stage, share: seen.append((stage, share)))
+    shares = [share for _, share in seen]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and {stage for stage, _ in seen} == set(result.timings_s)
+    write_obj(result.mesh, tmp_path / "toy.obj")
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.obj", "toy.mtl", "toy_albedo.png"}
+    mesh = read_mesh(tmp_path / "toy.obj")
+    assert mesh.materials[0].base_color_texture.shape[:2] == (128, 128)
+    low, high = mesh.bounds
+    assert (high - low).max() == pytest.approx(1, abs=0.03)
+    again = mesh_from_views(views, bundle, settings)
+    assert np.array_equal(again.mesh.vertices, result.mesh.vertices)
+    assert not np.array_equal(result.field, mesh_from_views(views, bundle, replace(settings, keep_silhouettes=False)).field)
+
+
+def test_nothing_leaves_the_silhouettes(trained):
+    """Every vertex projects onto each view's mask, grown by two pixels of 256."""
+    from scipy import ndimage
+
+    views = prepare_views(sample_views(256), size=256)
+    mesh = mesh_from_views(views, solid_bundle(trained), Settings(steps=1, texture_size=0, target_faces=0)).mesh
+    for mask, camera in zip(views.masks, views.cameras, strict=True):
+        grown = ndimage.binary_dilation(mask.numpy() > 0.5, iterations=2)
+        ndc = camera.project(torch.from_numpy(mesh.vertices))[0].numpy()
+        column, row = ((ndc * [1, -1] + 1) * 128).astype(int).clip(0, 255).T
+        assert grown[row, column].mean() > 0.995
+
+
+def test_cancel_between_steps(trained):
+    views = prepare_views({"front": sample_views(128)["front"]}, size=128)
+    calls = []
+    with pytest.raises(Cancelled):
+        mesh_from_views(views, load_bundle(trained), Settings(steps=5), cancel=lambda: calls.append(1) or len(calls) > 3)
+    assert len(calls) == 4
