@@ -89,7 +89,8 @@ def draw_frame() -> None:
     for i, a in enumerate(cube):
         for b in cube[i + 1 :]:
             if sum(p != q for p, q in zip(a, b, strict=True)) == 1:
-                line(draw, *place(a, b), LINE, 1)
+                start, end = place(a, b)
+                line(draw, start, end, LINE, 1)
     for axis, colour, words, distance in (
         ((1, 0, 0), X_COLOUR, "+X\nthe subject's left", 1.06),
         ((0, 1, 0), Y_COLOUR, "+Y  up", 0.86),

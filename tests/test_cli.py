@@ -108,7 +108,8 @@ def test_views_writes_what_its_summary_says_and_never_over_another_export(bundle
     out.write_text("old")
     code, stdout, _ = run(capsys, *command, "--overwrite")
     assert code == 0 and out.read_bytes() == before["chair.obj"]
-    assert set(json.loads(stdout)["files"]) == {str(out.parent / n) for n in ("chair.obj", "chair.mtl", "chair_albedo.png")}
+    names = ("chair.obj", "chair.mtl", "chair_albedo.png")
+    assert set(json.loads(stdout)["files"]) == {str(out.parent / name) for name in names}
 
 
 def test_a_sheet_gives_the_mesh_of_its_pictures_and_a_folder_takes_their_name(bundle, pictures, tmp_path, capsys):
@@ -204,7 +205,7 @@ def test_an_interrupt_leaves_nothing(monkeypatch, bundle, pictures, tmp_path, ca
     ("words", "sentence"),
     [
         (["views", "-o", "x.obj"], "no pictures were given"),
-        (["views", "FRONT", "--front", "FRONT", "-o", "x.obj"], r"the front view is given twice, as picture 1 .*--front"),
+        (["views", "FRONT", "--front", "FRONT", "-o", "x.obj"], "front view is given twice, as picture 1 .*--front"),
         (["views", "FRONT", "LEFT", "--left", "BACK", "-o", "x.obj"], r"the left view is given twice, as picture 2"),
         (["views", "FRONT", "--sheet", "LEFT", "-o", "x.obj"], "give the sheet or single pictures, not both"),
         (["views", "FRONT", "-o", "x.fbx"], r"x\.fbx has no suffix of a mesh format: use one of obj, glb"),
@@ -279,10 +280,11 @@ def test_convert_tells_what_is_lost_and_asks_before_it_overwrites(tmp_path, caps
 
 def test_render_shows_each_side(tmp_path, capsys):
     red, blue = (1.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)
-    mesh = box((1, 1, 1))
+    cube = box((1, 1, 1))
+    corners = cube.vertices[cube.faces]
     mesh = Mesh(
-        mesh.vertices[mesh.faces].reshape(-1, 3), np.arange(36).reshape(-1, 3),
-        colors=np.array([red if z.min() > 0.5 else blue for z in mesh.vertices[mesh.faces][..., 2]], np.float32).repeat(3, 0),
+        corners.reshape(-1, 3), np.arange(36).reshape(-1, 3),
+        colors=np.array([red if face[:, 2].min() > 0.5 else blue for face in corners], np.float32).repeat(3, 0),
     )  # fmt: skip
     write_mesh(mesh, tmp_path / "box.ply")
     out = tmp_path / "new" / "sides.png"
@@ -294,7 +296,7 @@ def test_render_shows_each_side(tmp_path, capsys):
     assert page[20, 20].tolist() == [255, 0, 0] and page[20, 56].tolist() == [0, 0, 255]  # +z is the front
     code, _, stderr = run(capsys, *command)
     assert code == 1 and "exists already" in stderr
-    assert run(capsys, *command[:4], tmp_path / "x.jpg")[0] == 1
+    assert run(capsys, "render", tmp_path / "box.ply", "-o", tmp_path / "x.jpg")[0] == 1
     code, stdout, _ = run(capsys, *command, "--overwrite", "--turntable", "10")
     assert code == 0 and json.loads(stdout)["azimuths_deg"] == [36.0 * i for i in range(10)]
     with Image.open(out) as page:  # rows of eight
@@ -309,7 +311,8 @@ def test_inspect_counts(tmp_path, capsys, bundle):
     write_obj(textured_box(), tmp_path / "closed.obj")
     write_mesh(two, tmp_path / "open.ply")
     (tmp_path / "broken.glb").write_bytes(b"glTF")
-    code, stdout, stderr = run(capsys, "inspect", tmp_path / "closed.obj", tmp_path / "open.ply", tmp_path / "broken.glb", bundle)
+    files = [tmp_path / name for name in ("closed.obj", "open.ply", "broken.glb")]
+    code, stdout, stderr = run(capsys, "inspect", *files, bundle)
     closed, opened, broken, weights = json.loads(stdout)
     assert (closed["vertices"], closed["faces"], closed["components"], closed["open_edges"]) == (8, 12, 1, 0)
     assert closed["watertight"] and closed["volume"] == pytest.approx(6) and closed["area"] == pytest.approx(22)
@@ -357,7 +360,10 @@ def test_help_and_version_load_nothing_heavy(words):
 
 def test_the_module_runs_and_reports_by_its_exit_code(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "triptych", "inspect", str(tmp_path / "none.obj")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "triptych", "inspect", str(tmp_path / "none.obj")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr == f"error: {tmp_path / 'none.obj'} does not exist: check the spelling and the folder\n"

@@ -1,4 +1,4 @@
-"""A bundle of random weights, small enough to make in a test: every code path of the main job, and a blob as its result."""
+"""A bundle of random weights, small enough to make in a test: the main job's every path, with a blob as its result."""
 
 from pathlib import Path
 

@@ -52,7 +52,8 @@ def geometry_hash(mesh: Mesh) -> str:
     corners = np.rint(mesh.vertices[mesh.faces] * 1000).astype(np.int16)
     centres = corners.astype(np.int32).sum(axis=1)
     rows = np.concatenate([centres, corners.min(axis=1), corners.max(axis=1)], axis=1)
-    return hashlib.sha256(np.sort(np.ascontiguousarray(rows).view([("", rows.dtype)] * 9), axis=0).tobytes()).hexdigest()
+    triangles = np.ascontiguousarray(rows).view([("", rows.dtype)] * 9)
+    return hashlib.sha256(np.sort(triangles, axis=0).tobytes()).hexdigest()
 
 
 def open_edge_share(mesh: Mesh) -> float:

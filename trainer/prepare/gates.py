@@ -99,6 +99,8 @@ def _flags(record: dict[str, Any], gates: Gates):
     degenerate = record.get("degenerate", 0.0)
     if degenerate > gates.flag_degenerate:
         yield f"degenerate: {degenerate:.0%} of the triangles have no area"
+    if "degenerate" not in record:  # built before the share was kept: the flag of then
+        yield from (f"degenerate: {flag}" for flag in record["flags"] if "no area" in flag)
     yield from (f"left out: {note}" for note in record.get("notes", ()))
 
 

@@ -28,7 +28,7 @@ from triptych.errors import TriptychError
 from .build import SDF_BAND, BuildOptions, build_object, fingerprint
 from .gates import INCIDENTS, Gates, add_gate_arguments, gates_from, judge
 from .shards import FORMAT, read_records, remove_leftovers, split_of, write_json
-from .sources import OUR_FRAME, Source, find_sources
+from .sources import AXES, OUR_FRAME, Source, find_sources
 from .workers import Builder, Crew, Deaths, Job, build_shard
 
 OBJECTS_A_SHARD = 48
@@ -43,9 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view-size", type=int, default=128, help="pixels per side of a view")
     parser.add_argument("--resolution", type=int, default=64, help="voxels per side")
     parser.add_argument("--limit", type=int, default=None, help="at most this many objects (a trial)")
-    parser.add_argument("--index-split", nargs="+", default=["train"], help="splits to take where a source has index.csv")
-    parser.add_argument("--up", metavar="AXIS", help="the files' up axis, such as +z (default: as the layout says, else +y)")
-    parser.add_argument("--front", metavar="AXIS", help="the axis their front faces, such as -y (default: likewise, +z)")
+    parser.add_argument(
+        "--index-split", nargs="+", default=["train"], help="splits to take where there is an index.csv"
+    )
+    parser.add_argument("--up", choices=AXES, help="the files' up axis (default: as the layout says, else +y)")
+    parser.add_argument(
+        "--front", choices=AXES, help="the axis their front faces (default: as the layout says, else +z)"
+    )
     parser.add_argument("--retry", action="store_true", help="build again what took too long, crashed or made no solid")
     add_gate_arguments(parser)
 
@@ -55,8 +59,8 @@ def main(args: argparse.Namespace) -> int:
     sources = find_sources(args.sources, tuple(args.index_split), args.up, args.front)[: args.limit]
     summary = prepare(sources, args.out, options, workers=args.workers, retry=args.retry)
     print(
-        f"{summary['objects']} objects ({summary['samples']} samples) ready in {args.out}, {summary['dropped']} dropped, "
-        f"{summary['flagged']} flagged; {summary['seconds']:.0f} s; see {args.out / 'report.html'}"
+        f"{summary['objects']} objects ({summary['samples']} samples) ready in {args.out}, {summary['dropped']} "
+        f"dropped, {summary['flagged']} flagged; {summary['seconds']:.0f} s; see {args.out / 'report.html'}"
     )
     return 0
 
@@ -183,9 +187,15 @@ def build_all(
                 build_shard(job, build, shards, lambda place: bar.update(1 if place else 0))
             return
         crew = Crew(
-            build, shards, workers or _cores(), max_seconds=gates.max_seconds, deaths=Deaths(shards.parent / "deaths.json"),
-            fingerprint=fingerprint, advance=bar.update, say=tqdm.write,
-        )  # fmt: skip
+            build,
+            shards,
+            workers or _cores(),
+            max_seconds=gates.max_seconds,
+            deaths=Deaths(shards.parent / "deaths.json"),
+            fingerprint=fingerprint,
+            advance=bar.update,
+            say=tqdm.write,
+        )
         crew.run(jobs, next_name)
 
 

@@ -7,7 +7,7 @@ Any folder tree works: the folder that holds a file is its category. Known layou
 | ShapeNet | ``<synset>/<model>/models/model_normalized.obj`` | the synset's name | up +Y, front -Z |
 | ModelNet | ``<class>/{train,test}/*.off`` | the class | up +Z, front -Y |
 | Objaverse | ``glbs/<shard>/<uid>.glb`` | none | glTF's frame, which is ours |
-| index | ``index.csv`` with the columns id, split, file and perhaps name, category, licence, attribution | as it says | ours |
+| index | ``index.csv``: id, split, file, perhaps name, category, licence, attribution | as it says | ours |
 
 Of an OBJ, textures and MTL files are found by the reader; they are no objects of their own.
 """
@@ -91,7 +91,7 @@ def _from_index(root: Path, index: Path, splits: tuple[str, ...]) -> list[Source
     taken = [row for row in rows if row["split"] in splits]
     if not taken:
         there = ", ".join(sorted({row["split"] or "" for row in rows}))
-        raise TriptychError(f"{index} has no object of the split {' '.join(splits)} (it has: {there}): see --index-split")
+        raise TriptychError(f"{index} has no object in {' '.join(splits)} (its splits: {there}): see --index-split")
     return [
         Source(
             key=row["id"],

@@ -190,7 +190,7 @@ class Crew:
         return Job(name, [source], {source.key: self._died(source, deaths)})
 
     def _died(self, source: Source, deaths: int) -> dict:
-        reason = f"its worker process was killed {deaths} times, most likely for memory: decimate it or use a bigger machine"
+        reason = f"its worker was killed {deaths} times, most likely for memory: decimate it or use a bigger machine"
         return given_up("killed", reason, self.fingerprint(source.path))
 
     def _without_suspects(self, job: Job) -> Job:
@@ -235,8 +235,8 @@ class Crew:
         assert job is not None
         if source is None:
             raise TriptychError(
-                f"a worker process ended by itself while starting or writing (exit code {code}), most likely for memory: "
-                "run the same command again with fewer --workers; finished shards are kept"
+                f"a worker process ended by itself while starting or writing (exit code {code}), most likely for "
+                "memory: run the same command again with fewer --workers; finished shards are kept"
             )
         deaths = self.deaths.add(source.key)
         self.say(f"the worker that built {source.key} was killed (exit code {code})")

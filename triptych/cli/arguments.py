@@ -104,7 +104,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="how to cut the object out: by its alpha, from a plain background, by a matting model (default: auto)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if any")
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON summary to FILE")
@@ -125,14 +125,14 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="merge equal vertices, drop degenerate and doubled faces, and parts below 1%% of the largest one's area",
     )
     convert.add_argument("--fill-holes", action="store_true", help="close open borders of up to 64 edges")
-    convert.add_argument("--smooth", type=_whole(1, 1000), metavar="N", help="N rounds of smoothing that keeps the size")
+    convert.add_argument("--smooth", type=_whole(1, 1000), metavar="N", help="N rounds, without shrinking it")
     convert.add_argument("--faces", type=_whole(4, 10**8), metavar="N", help="reduce to about N triangles")
     convert.add_argument("--normalize", action="store_true", help="centre it, longest side 1")
     convert.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def _add_render(commands: argparse._SubParsersAction) -> None:
-    render = commands.add_parser("render", help="pictures of a mesh", description="A mesh from several sides as one PNG.")
+    render = commands.add_parser("render", help="pictures of a mesh", description="A mesh from several sides, one PNG.")
     render.add_argument("source", type=Path, metavar="IN")
     render.add_argument("-o", "--out", type=Path, required=True, metavar="PNG")
     render.add_argument("--mode", choices=RENDER_MODES, default="shaded", help="default: shaded")
@@ -165,7 +165,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     compare.add_argument("a", type=Path, metavar="A")
     compare.add_argument("b", type=Path, metavar="B")
-    compare.add_argument("--samples", type=_whole(100, 10**7), default=30_000, help="points per surface (default: 30000)")
+    compare.add_argument("--samples", type=_whole(100, 10**7), default=30_000, help="points a surface (default: 30000)")
     compare.add_argument(
         "--thresholds",
         type=_thresholds,

@@ -19,7 +19,7 @@ class Export:
 
     with Export(folder, overwrite=False) as export:   # the folder is made, and proven to be writable
         write(export.place("a.obj"))                  # any writer; the file is in a hidden folder for now
-        files = export.commit()                       # moved to their names, in the order of their names
+        files = export.commit()                       # moved to their names
 
     Whatever is raised before the end of the block, an interruption included, removes what is new: placed files,
     committed files, and folders that were made for them. A file that was replaced keeps its new, complete content.
@@ -57,7 +57,8 @@ class Export:
         """Moves what was placed to its names. Raises TriptychError when one exists already, unless ``overwrite``."""
         if self._staging is None:
             return []
-        staged = sorted(self._staging.iterdir())
+        # A mesh comes after what it refers to.
+        staged = sorted(self._staging.iterdir(), key=lambda path: (path.suffix not in (".png", ".mtl"), path.name))
         targets = [self.folder / path.name for path in staged]
         taken = [str(target) for target in targets if target.exists()]
         if taken and not self.overwrite:

@@ -19,7 +19,6 @@ from .report import Progress, heard_warnings, to_json, warn, write_summary
 if TYPE_CHECKING:
     from ..bundles.bundle import Bundle
     from ..geometry.mesh import Mesh
-    from ..images.views import ViewSet
 
 TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
 # Where in the whole the pipeline's own 0-1 lies; the rest is preparation, loading and writing.
@@ -69,7 +68,8 @@ def _sources(args: argparse.Namespace) -> dict[str, str]:
     """View name -> file, of pictures in order and pictures by name."""
     if len(args.pictures) > len(VIEWS):
         raise TriptychError(
-            f"{len(args.pictures)} pictures were given, at most 4 can be used (front, left, back, right): leave some out"
+            f"{len(args.pictures)} pictures were given, at most 4 can be used (front, left, back, right): "
+            "leave some out"
         )
     found = dict(zip(VIEWS, args.pictures, strict=False))
     for name in VIEWS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def warn(sentence: str) -> None:
 
 @contextmanager
 def heard_warnings(already: list[str] | None = None) -> Iterator[list[str]]:
-    """The sentences of this package's warnings, shown on stderr as they come, once each; other packages' are dropped."""
+    """The sentences of this package's warnings, on stderr as they come, once each; other packages' are dropped."""
     from ..geometry.limits import MeshWarning
 
     heard: list[str] = [] if already is None else already
@@ -65,7 +66,9 @@ class Progress:
 
 def to_json(summary: Any) -> str:
     """ASCII, so that any terminal and any file encoding carries it; NaN and infinity are errors of ours."""
-    return json.dumps(summary, indent=1, default=str, allow_nan=False)
+    text = json.dumps(summary, indent=1, default=str, allow_nan=False)
+    # Vectors on one line; a string never holds a line break.
+    return re.sub(r"\[\n\s+([-+.,\deE\s]+?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def write_summary(summary: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ projects outside of a given view's outline. Every function takes progress and ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..bundles.bundle import Bundle
 from ..errors import TriptychError
+from ..geometry.cameras import Camera
 from ..geometry.cleanup import decimate, keep_components, smooth
 from ..geometry.isosurface import isosurface
 from ..geometry.mesh import Mesh
@@ -33,6 +34,8 @@ VIEW_SIZE = 512  # pixels: what to prepare views at, for the texture's sake
 HULL_SIZE = 256
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_RESCALE = 4, 0.0, 3.0
 
+POSES = ((0, False), (0, True), (2, False), (2, True), (1, False), (1, True), (3, False), (3, True))  # turns, mirrored
+
 Progress = Callable[[str, float], None]
 Cancel = Callable[[], bool]
 
@@ -41,7 +44,8 @@ Cancel = Callable[[], bool]
 class Settings:
     """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0
     for vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away
-    what projects outside of a view."""
+    what projects outside of a view. ensemble: how many poses of the object (turned by quarters, mirrored; 1-8) are
+    reconstructed together and averaged: the network is not exactly symmetric, and what it is sure of stays."""
 
     seed: int = 0
     steps: int | None = None
@@ -49,6 +53,7 @@ class Settings:
     texture_size: int = 1024
     target_faces: int = 12_000
     keep_silhouettes: bool = True
+    ensemble: int = 4
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ def structure_from_views(
             "choose one with a LiftedStructureFlow, such as triptych-tiny"
         )
     flow, decoder = flow.to(device), decoder.to(device)
-    posed = PosedViews(_resize(views.images, flow.image_size).to(device), tuple(views.cameras), (views.count,))
+    poses = POSES[: settings.ensemble]
+    posed = _posed(_resize(views.images, flow.image_size).to(device), views.cameras, poses)
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (1, flow.in_channels, *[flow.resolution] * 3)
+    shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)
     low_precision = torch.autocast(torch.device(device).type, torch.bfloat16)
     steps, guidance = settings.steps or DEFAULT_STEPS, settings.guidance or 0.0
@@ -130,8 +136,9 @@ def structure_from_views(
             callback=(lambda done, total, _: step(done / total)) if step else None,
             cancel=cancel,
         ).samples
-        logits = decoder(flow.denormalize(latent))[0, 0].float().cpu().numpy()
-    field = logits * float(bundle.manifest.sampling.get("softness", 0.4))
+        logits = torch.cat([decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]).cpu().numpy()
+    upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(logits, poses, strict=True)]
+    field = np.mean(upright, axis=0) * float(bundle.manifest.sampling.get("softness", 0.4))
     if settings.keep_silhouettes:
         field = np.minimum(field, hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field)))
     return field.astype(np.float32)
@@ -146,6 +153,24 @@ def surface_from_field(field: np.ndarray, target_faces: int = 0) -> Mesh:
     if target_faces and len(mesh.faces) > target_faces:
         mesh = decimate(mesh, target_faces)
     return mesh
+
+
+def _posed(images: torch.Tensor, cameras: Sequence[Camera], poses: Sequence[tuple[int, bool]]) -> PosedViews:
+    """The views of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
+    pictures, seen_from = [], []
+    for turns, mirror in poses:
+        pictures.append(images.flip(-1) if mirror else images)
+        for camera in cameras:
+            azimuth = (-camera.azimuth_deg if mirror else camera.azimuth_deg) + 90.0 * turns
+            seen_from.append(replace(camera, azimuth_deg=azimuth % 360))
+    return PosedViews(torch.cat(pictures), tuple(seen_from), (len(cameras),) * len(poses))
+
+
+def _restore(volume: np.ndarray, turns: int, mirror: bool) -> np.ndarray:
+    """A (R, R, R) volume of the object in a pose -> of the object itself."""
+    for _ in range(-turns % 4):
+        volume = volume.transpose(2, 1, 0)[:, :, ::-1]
+    return volume[::-1] if mirror else volume
 
 
 def _resize(rgba: torch.Tensor, size: int) -> torch.Tensor:
@@ -165,6 +190,8 @@ def _resolved(settings: Settings, bundle: Bundle) -> Settings:
         raise TriptychError(f"steps must be 1-1000, got {steps}")
     if not 0 <= guidance <= 100:
         raise TriptychError(f"guidance must be 0-100, got {guidance}")
+    if not 1 <= settings.ensemble <= len(POSES):
+        raise TriptychError(f"the ensemble must be 1-{len(POSES)} poses, got {settings.ensemble}")
     if settings.target_faces and settings.target_faces < 100:
         raise TriptychError(f"the target number of faces must be 0 (all) or at least 100, got {settings.target_faces}")
     return replace(settings, steps=steps, guidance=guidance)
