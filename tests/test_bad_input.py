@@ -200,7 +200,7 @@ BAD_BUNDLES = {
         r"tensor out_layer\.2\.bias is \['float32', \[1\]\], the manifest says \['float32', \[2\]\]"),
     "wrong shape for the network": (
         lambda folder: edit(folder, lambda data: part(data)["config"].update(channels=[16, 8, 6])),
-        r"structure_decoder\.safetensors: tensor \S+ is \[.*\], SparseStructureDecoder with this config has \["),
+        r"structure_decoder\.safetensors: tensor \S+ is \[.*\], SparseStructureDecoder needs \["),
     "tensors of another network": (
         lambda folder: edit(folder, lambda data: part(data)["config"].update(num_res_blocks_middle=2)),
         r"lacks tensor middle_block\.1\.\S+ and \d+ more"),
@@ -213,7 +213,7 @@ BAD_BUNDLES = {
         r"outside of its folder"),
     "component left out": (
         lambda folder: edit(folder, lambda data: data["components"].pop("structure_decoder")),
-        r"has no component 'structure_decoder'"),
+        r"has no 'structure_decoder', only structure_flow"),
     "newer format": (
         lambda folder: edit(folder, lambda data: data.update(format=99)), r"has format 99, .*update Triptych"),
     "manifest that is no JSON": (

@@ -20,7 +20,7 @@ from triptych.images.sheets import join_sheet
 from triptych.images.views import prepare_views
 from triptych.render.views import RENDER_MODES
 
-SMALL = ["--texture-size", "64", "--faces", "300", "--device", "cpu"]
+SMALL = ["--texture-size", "64", "--faces", "300", "--ensemble", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +164,14 @@ def given(monkeypatch):
 def test_options_reach_the_pipeline(given, bundle, pictures, tmp_path, capsys):
     code, stdout, _ = run(
         capsys, "views", "--back", pictures["back"], "--front", pictures["front"], "-o", tmp_path / "x.glb", "--bundle",
-        bundle, "--seed", 3, "--steps", 9, "--guidance", 2.5, "--texture-size", 256, "--faces", 0, "--device", "cpu",
+        bundle, "--seed", 3, "--steps", 9, "--guidance", 2.5, "--ensemble", 2, "--texture-size", 256, "--faces", 0,
+        "--device", "cpu",
     )  # fmt: skip
     assert code == 0
-    (views, settings, rest), = given
+    ((views, settings, rest),) = given
     assert (settings.seed, settings.steps, settings.guidance) == (3, 9, 2.5)
-    assert (settings.texture_size, settings.target_faces, rest["device"]) == (256, 0, "cpu")
+    assert (settings.texture_size, settings.target_faces, settings.ensemble) == (256, 0, 2)
+    assert rest["device"] == "cpu"
     expected = prepare_views({"front": pictures["front"], "back": pictures["back"]}, size=512)
     assert views.names == ("front", "back") and bool((views.images == expected.images).all())
     assert list(json.loads(stdout)["views"]) == ["front", "back"]
@@ -272,7 +274,8 @@ def test_convert_tells_what_is_lost_and_asks_before_it_overwrites(tmp_path, caps
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     code, stdout, stderr = run(capsys, "convert", tmp_path / "b.glb", tmp_path / "a.obj")
     assert (code, stdout) == (1, "")
-    assert stderr == f"error: {tmp_path / 'a.obj'} exists already: choose another name, or add --overwrite\n"
+    taken = f"{tmp_path / 'a.mtl'}, {tmp_path / 'a.obj'}"
+    assert stderr == f"error: {taken} exist already: choose another name, or add --overwrite\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     code, _, _ = run(capsys, "convert", tmp_path / "b.glb", tmp_path / "a.obj", "--overwrite")
     assert code == 0 and len(read_mesh(tmp_path / "a.obj").faces) == len(read_mesh(tmp_path / "b.glb").faces)

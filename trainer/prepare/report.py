@@ -233,7 +233,8 @@ nav{display:flex;flex-wrap:wrap;gap:6px;align-items:center;position:sticky;top:0
 nav a{color:inherit;text-decoration:none;border:1px solid var(--line);border-radius:6px;padding:3px 10px;
  background:var(--card)}
 nav a:hover,nav .here{border-color:var(--bar);color:var(--bar)}nav span{color:var(--soft);margin-left:14px}
-nav input{margin-left:auto;width:260px;padding:5px 10px;border:1px solid var(--line);border-radius:6px;background:var(--card);
+nav input{margin-left:auto;width:260px;padding:5px 10px;border:1px solid var(--line);border-radius:6px;
+ background:var(--card);
  color:inherit;font:inherit}
 .charts{columns:340px;column-gap:14px}
 .chart{margin:0 0 14px;padding:14px 18px;break-inside:avoid}

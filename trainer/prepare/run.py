@@ -212,7 +212,7 @@ def write_index(out: Path, options: BuildOptions) -> dict:
     for record in (latest[key] for key in sorted(latest)):
         record.pop("file_mtime_ns", None)  # of this machine only
         gate, reason, flags = judge(record, options.gates)
-        content = record.get("geometry_hash")
+        content = record.get("geometry_hash", "")
         if gate is None and content in seen:
             gate, reason = "duplicate", f"the same geometry as {seen[content]}"
         record |= {"status": "dropped" if gate else "ok", "gate": gate, "reason": reason, "flags": flags}

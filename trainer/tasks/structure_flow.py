@@ -37,7 +37,7 @@ class StructureFlowConfig:
     vae: str
     model_channels: int = 256
     num_blocks: int = 4
-    num_heads: int = 8
+    num_heads: int = 4
     mlp_ratio: float = 3.0
     image_size: int = 128
     encoder_channels: tuple[int, int] = (48, 96)

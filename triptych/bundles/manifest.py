@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +55,9 @@ class Manifest:
     sampling: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+
+
+_Record = TypeVar("_Record", Component, Manifest)
 
 
 def file_sha256(path: Path) -> str:
@@ -120,12 +123,29 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] > FORMAT:
             raise TriptychError(f"{path} has format {data['format']}, {FORMAT} is the newest known: update Triptych")
-        components = {key: Component(**value) for key, value in data.pop("components").items()}
-        return Manifest(components=components, **data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        components = {key: _typed(Component(**value)) for key, value in data.pop("components").items()}
+        return _typed(Manifest(components=components, **data))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, TriptychError):
             raise
         raise TriptychError(f"{path} is damaged ({error}): fetch the bundle again") from error
+
+
+def _typed(made: _Record) -> _Record:
+    """``made``, each of whose fields is of the type that its annotation names; TypeError otherwise."""
+    for field_ in fields(made):
+        value, kind = getattr(made, field_.name), {"str": str, "int": int}.get(str(field_.type), dict)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{field_.name} is {str(value)[:80]!r}")
+    if isinstance(made, Manifest) and made.format < 1:
+        raise TypeError(f"format is {made.format}")
+    if isinstance(made, Component):
+        for name, entry in made.tensors.items():
+            match entry:
+                case [str(), [*sizes]] if all(type(size) is int and size >= 0 for size in sizes):
+                    continue
+            raise TypeError(f"tensor {name} is {str(entry)[:80]!r}")
+    return made
 
 
 def verify_file(folder: Path, component: Component) -> Path:

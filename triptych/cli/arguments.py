@@ -87,6 +87,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", metavar="BUNDLE", help="a bundle's folder or name (default: the embedded one)")
     parser.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="of the noise (default: 0)")
     parser.add_argument("--steps", type=_whole(1, 1000), help="sampling steps (default: the bundle's)")
+    parser.add_argument(
+        "--ensemble",
+        type=_whole(1, 8),
+        default=4,
+        metavar="N",
+        help="poses of the object, 1-8, whose results are averaged: fewer are faster (default: 4)",
+    )
     parser.add_argument("--guidance", type=float, help="guidance strength (default: the bundle's)")
     parser.add_argument(
         "--texture-size",

@@ -62,7 +62,8 @@ class Export:
         targets = [self.folder / path.name for path in staged]
         taken = [str(target) for target in targets if target.exists()]
         if taken and not self.overwrite:
-            raise TriptychError(f"{', '.join(taken)} exists already: choose another name, or add --overwrite")
+            exist = "exists" if len(taken) == 1 else "exist"
+            raise TriptychError(f"{', '.join(taken)} {exist} already: choose another name, or add --overwrite")
         for path, target in zip(staged, targets, strict=True):
             if not target.exists():
                 self._new.append(target)

@@ -144,10 +144,17 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
             clock = _Clock(progress)
             with clock.stage("prepare", 0.0, 0.1):
                 pictures, labels, name = _read_views(args, wanted.sample)
-                view_set = prepare_views(pictures, size=VIEW_SIZE, foreground=args.foreground)
+                view_set = prepare_views(dict(pictures.items()), size=VIEW_SIZE, foreground=args.foreground)
             with clock.stage("load", 0.1, _PIPELINE[0]):
                 _load_networks(bundle)
-            settings = Settings(args.seed, args.steps, args.guidance, args.texture_size, args.faces)
+            settings = Settings(
+                seed=args.seed,
+                steps=args.steps,
+                guidance=args.guidance,
+                texture_size=args.texture_size,
+                target_faces=args.faces,
+                ensemble=args.ensemble,
+            )
             made = mesh_from_views(view_set, bundle, settings, device=device, progress=clock.pipeline)
             clock.seconds.update(made.timings_s)
             with clock.stage("write", _PIPELINE[1], 1.0):
@@ -164,6 +171,7 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
             "seed": made.settings.seed,
             "steps": made.settings.steps,
             "guidance": made.settings.guidance,
+            "ensemble": made.settings.ensemble,
             "texture_size": made.settings.texture_size,
             "device": device,
             "timings_s": clock.total(),

@@ -130,7 +130,7 @@ def structure_from_views(
             steps=steps,
             guidance=guidance,
             guidance_interval=(0.5, 1.0),
-            rescale_t=float(bundle.manifest.sampling.get("rescale_t", DEFAULT_RESCALE)),
+            rescale_t=_number(bundle, "rescale_t", DEFAULT_RESCALE),
             cond=cond,
             neg_cond=cond.null() if guidance else None,
             callback=(lambda done, total, _: step(done / total)) if step else None,
@@ -138,7 +138,7 @@ def structure_from_views(
         ).samples
         logits = torch.cat([decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]).cpu().numpy()
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(logits, poses, strict=True)]
-    field = np.mean(upright, axis=0) * float(bundle.manifest.sampling.get("softness", 0.4))
+    field = np.mean(upright, axis=0) * _number(bundle, "softness", 0.4)
     if settings.keep_silhouettes:
         field = np.minimum(field, hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field)))
     return field.astype(np.float32)
@@ -183,9 +183,8 @@ def _resize(rgba: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _resolved(settings: Settings, bundle: Bundle) -> Settings:
-    own = bundle.manifest.sampling
-    steps = int(own.get("steps", DEFAULT_STEPS)) if settings.steps is None else settings.steps
-    guidance = float(own.get("guidance", DEFAULT_GUIDANCE)) if settings.guidance is None else settings.guidance
+    steps = int(_number(bundle, "steps", DEFAULT_STEPS)) if settings.steps is None else settings.steps
+    guidance = _number(bundle, "guidance", DEFAULT_GUIDANCE) if settings.guidance is None else settings.guidance
     if not 1 <= steps <= 1000:
         raise TriptychError(f"steps must be 1-1000, got {steps}")
     if not 0 <= guidance <= 100:
@@ -195,6 +194,14 @@ def _resolved(settings: Settings, bundle: Bundle) -> Settings:
     if settings.target_faces and settings.target_faces < 100:
         raise TriptychError(f"the target number of faces must be 0 (all) or at least 100, got {settings.target_faces}")
     return replace(settings, steps=steps, guidance=guidance)
+
+
+def _number(bundle: Bundle, key: str, default: float) -> float:
+    """A sampling setting of the bundle's manifest. Raises TriptychError when it is no number."""
+    value = bundle.manifest.sampling.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TriptychError(f"the bundle {bundle.name} has {key}={value!r} in its sampling settings: it must be a number")
+    return float(value)
 
 
 class _Clock:
