@@ -1,4 +1,4 @@
-"""From a folder of meshes to a textured OBJ, with networks trained on the way: every part once, at its smallest size."""
+"""From a folder of meshes to a textured OBJ, with networks trained on the way: every part once, at its smallest."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +99,8 @@ def test_views_to_textured_obj(trained, tmp_path):
     assert (high - low).max() == pytest.approx(1, abs=0.03)
     again = mesh_from_views(views, bundle, settings)
     assert np.array_equal(again.mesh.vertices, result.mesh.vertices)
-    assert not np.array_equal(result.field, mesh_from_views(views, bundle, replace(settings, keep_silhouettes=False)).field)
+    uncut = mesh_from_views(views, bundle, replace(settings, keep_silhouettes=False))
+    assert not np.array_equal(result.field, uncut.field)
 
 
 def test_nothing_leaves_the_silhouettes(trained):
@@ -119,5 +120,6 @@ def test_cancel_between_steps(trained):
     views = prepare_views({"front": sample_views(128)["front"]}, size=128)
     calls = []
     with pytest.raises(Cancelled):
-        mesh_from_views(views, load_bundle(trained), Settings(steps=5), cancel=lambda: calls.append(1) or len(calls) > 3)
+        stop = Settings(steps=5)
+        mesh_from_views(views, load_bundle(trained), stop, cancel=lambda: calls.append(1) or len(calls) > 3)
     assert len(calls) == 4

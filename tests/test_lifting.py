@@ -90,12 +90,10 @@ def test_left_is_left():
 
 @pytest.mark.parametrize("camera", [RIG[0], RIG[1], Camera(30, 20), Camera(200, -10, half_extent=None, fov_deg=40)])
 def test_tokens_see_the_pixels_they_project_to(flow, camera):
-    """A change in one corner of the picture moves the lifted features of the blocks that project there, and no others."""
+    """A change in one corner of the picture moves the lifted features of the blocks that project there, not others."""
     images = pictures(1, half=32)
     changed = images.clone()
     changed[:, :3, 50:, 50:] = 1 - changed[:, :3, 50:, 50:]
-    features, touched = flow.view_encoder.stem.weight, []
-    assert features.shape[1] == 64
     plain = flow.condition(PosedViews(images, (camera,), (1,)))
     other = flow.condition(PosedViews(changed, (camera,), (1,)))
     assert plain.active.all() == other.active.all()

@@ -98,9 +98,9 @@ def relight(
 ) -> torch.Tensor:
     """Shaded pictures of the rig's views under random light and colour.
 
-    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them. Returns (V, 4, S, S) float32
-    RGBA, sRGB 0-1, straight alpha. One light serves all views; it turns with the camera or stands in the world, half and half. Light,
-    ambient share, exposure, hue, saturation and contrast vary; one in ten is unshaded.
+    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them. Returns (V, 4, S, S)
+    float32 RGBA, sRGB 0-1, straight alpha. One light serves all views; it turns with the camera or stands in the world,
+    half and half. Light, ambient share, exposure, hue, saturation and contrast vary; one in ten is unshaded.
     """
     rotations = _ROTATIONS[list(views)]
     albedo, normal = albedo[list(views)], normal[list(views)]

@@ -74,11 +74,14 @@ def write_shard(folder: Path, name: str, records: list[dict], samples: list[dict
 def read_records(folder: Path) -> list[dict]:
     """Records of all whole shards, each with ``shard`` added, in shard order.
 
-    A shard whose arrays are missing or cut short gives no records: its objects count as not yet built.
+    A shard that is damaged or lacks its arrays gives no records: its objects count as not yet built.
     """
     found = []
     for path in sorted(folder.glob("shard_*.json")):
-        records = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
         if any(record["rows"] for record in records) and not _is_whole(path.with_suffix(".safetensors")):
             continue
         found += [record | {"shard": path.stem} for record in records]

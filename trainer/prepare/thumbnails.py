@@ -10,6 +10,7 @@ from PIL import Image
 
 SIZE = 96
 BACKDROP = (232, 235, 239)  # sRGB bytes; the report's tiles have the same colour
+_EXPOSURE = 0.9  # white seen from the front is darker than the backdrop
 _KEY = np.array([-0.45, 0.65, 0.62]) / np.linalg.norm([-0.45, 0.65, 0.62])  # from the viewer's upper left
 
 
@@ -21,7 +22,7 @@ def lit(albedo: np.ndarray, normal: np.ndarray, size: int = SIZE) -> np.ndarray:
     direction = normal.astype(np.float32) * (2 / 255) - 1
     direction /= np.maximum(np.linalg.norm(direction, axis=2, keepdims=True), 1e-6)
     shade = 0.62 * np.clip(direction @ _KEY.astype(np.float32), 0, None) + 0.26 + 0.16 * direction[..., 1]
-    linear = (albedo[..., :3].astype(np.float32) / 255) ** 2.2 * np.clip(shade * 1.25, 0.05, None)[..., None]
+    linear = (albedo[..., :3].astype(np.float32) / 255) ** 2.2 * np.clip(shade * _EXPOSURE, 0.05, None)[..., None]
     alpha = albedo[..., 3:].astype(np.float32) / 255
     backdrop = (np.array(BACKDROP, dtype=np.float32) / 255) ** 2.2
     mixed = linear * alpha + backdrop * (1 - alpha)

@@ -6,9 +6,9 @@ The network learns solids, so a rule decides what "inside" means:
 1. Every triangle is covered by a lattice of points no further apart than half a fine cell (twice the resolution), so
    the marked fine cells let no 6-connected path through.
 2. Whatever a flood from above and from the sides cannot reach is inside. The flood does not enter from below: an
-   object stands on the floor, so an open bottom is filled: a cup stays hollow, a house does not.
+   object stands on the floor, so an open bottom is filled: a cup stays hollow, a house not.
 3. Each surface sample looks to both of its sides. Inside and outside: a wall of the solid, its normal now points out.
-   Outside on both sides: a sheet, which is given a thickness of one voxel. Inside on both sides: an inner wall, dropped.
+   Outside on both sides: a sheet, given a thickness of one voxel. Inside on both sides: an inner wall, dropped.
 4. The distance at a voxel's centre is measured to the nearest kept sample's tangent disc.
 
 Not covered: openings to the side or top that were meant to be closed (they stay open, and the walls get one voxel).

@@ -102,8 +102,8 @@ class Lift(nn.Module):
     """One vector for each token from the views it projects into.
 
     A token is sampled at 2 x 2 x 2 points of its block. Along the rays of an orthographic rig many tokens see the same
-    pixels, so pixels are turned into vectors once for each distinct pattern of points, and pairs (view, token) only look
-    them up and add their viewing direction and depth. The views of a sample are averaged with learned weights.
+    pixels, so pixels are turned into vectors once for each distinct pattern of points, and pairs (view, token) only
+    look them up and add their viewing direction and depth. The views of a sample are averaged with learned weights.
     """
 
     def __init__(self, feature_channels: int, channels: int, heads: int = 8) -> None:

@@ -136,7 +136,8 @@ def structure_from_views(
             callback=(lambda done, total, _: step(done / total)) if step else None,
             cancel=cancel,
         ).samples
-        logits = torch.cat([decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]).cpu().numpy()
+        parts = [decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]
+        logits = torch.cat(parts).cpu().numpy()
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(logits, poses, strict=True)]
     field = np.mean(upright, axis=0) * _number(bundle, "softness", 0.4)
     if settings.keep_silhouettes:
@@ -200,7 +201,7 @@ def _number(bundle: Bundle, key: str, default: float) -> float:
     """A sampling setting of the bundle's manifest. Raises TriptychError when it is no number."""
     value = bundle.manifest.sampling.get(key, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TriptychError(f"the bundle {bundle.name} has {key}={value!r} in its sampling settings: it must be a number")
+        raise TriptychError(f"the bundle {bundle.name} has {key}={value!r} in its manifest: it must be a number")
     return float(value)
 
 
