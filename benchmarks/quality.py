@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
+from trainer.model_card import fill_quality
 from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.geometry.cameras import VIEW_NAMES, Camera, rig_cameras
 from triptych.geometry.files import read_mesh
@@ -31,7 +32,7 @@ from triptych.geometry.mesh import Mesh
 from triptych.geometry.metrics import compare_meshes
 from triptych.geometry.voxels import visual_hull
 from triptych.images.views import ViewSet
-from triptych.pipelines.reconstruct import Settings, structure_from_views, surface_from_field
+from triptych.pipelines.reconstruct import DEFAULT_STEPS, Settings, structure_from_views, surface_from_field
 from triptych.render.sheets import contact_sheet
 from triptych.render.views import render_mesh, render_views, shade
 
@@ -103,12 +104,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--raw", action="store_true", help="do not cut away what the silhouettes rule out")
+    parser.add_argument("--card", type=Path, default=None, help="a model card whose quality section to fill")
+    parser.add_argument("--ensemble", type=int, default=Settings.ensemble)
+    parser.add_argument("--split", default="eval", help="of index.csv; tune on train, report on eval")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     bundle = load_bundle(args.bundle)
     counts = [int(n) for n in args.views.split(",")]
-    settings = replace(Settings(), steps=args.steps, guidance=args.guidance, keep_silhouettes=not args.raw)
-    objects = evaluation_objects(data_folder())
+    settings = replace(
+        Settings(),
+        steps=args.steps,
+        guidance=args.guidance,
+        keep_silhouettes=not args.raw,
+        ensemble=args.ensemble,
+    )
+    objects = evaluation_objects(data_folder(), args.split)
     if args.limit:
         objects = objects[:: max(1, len(objects) // args.limit)][: args.limit]
     results = []
@@ -120,8 +130,12 @@ def main() -> None:
             save_picture(args.out / f"{name}.png", meshes)
         line = " ".join(f"{key} {result[key]['chamfer']:.4f}" for key in result if key != "seconds")
         print(f"{name:60.60s} {line}", flush=True)
-    print(f"\n{describe()}; bundle {bundle.name}, {len(results)} objects, steps {settings.steps or 'default'}")
+    steps = settings.steps or bundle.manifest.sampling.get("steps", DEFAULT_STEPS)
+    heading = f"{len(results)} evaluation scans, {steps} steps, {settings.ensemble} poses; {describe()}"
+    print(f"\n{heading}")
     print(table(results, counts))
+    if args.card:
+        fill_quality(args.card, f"{heading}\n\n{table(results, counts)}")
     if args.out:
         (args.out / "quality.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 

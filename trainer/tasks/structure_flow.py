@@ -231,6 +231,7 @@ class StructureFlowTask:
 
     def export(self, model: LiftedStructureFlow, folder: Path, provenance: dict[str, Any]) -> None:
         from trainer.export import write_components
+        from trainer.model_card import write_model_card
 
         config = self.flow_config(model.in_channels, model.resolution)
         components = {
@@ -238,7 +239,9 @@ class StructureFlowTask:
             "structure_decoder": (self.decoder, self.vae_configs["decoder"]),
         }
         provenance = provenance | {"structure_vae": load_bundle(Path(self.config.vae)).manifest.provenance}
-        write_components(folder, components, provenance)
+        sampling = {"steps": 4, "rescale_t": 3.0, "softness": self.config.softness}
+        write_components(folder, components, provenance, sampling=sampling)
+        write_model_card(folder, provenance, self.data.records)
 
 
 def drop_some(cond: LiftedCondition, drop: Tensor) -> LiftedCondition:

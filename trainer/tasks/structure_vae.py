@@ -134,6 +134,7 @@ class StructureVaeTask:
 
     def export(self, model: StructureVae, folder: Path, provenance: dict[str, Any]) -> None:
         from trainer.export import write_components
+        from trainer.model_card import write_model_card
 
         config = self.config
         shared = {
@@ -155,6 +156,7 @@ class StructureVaeTask:
             },
             provenance,
         )
+        write_model_card(folder, provenance, self.data.records)
 
 
 def field_sheet(rows: list[np.ndarray]) -> Image.Image:

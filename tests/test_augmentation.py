@@ -1,0 +1,112 @@
+"""Augmentation equals preparing the turned or mirrored object, and relighting stays in range and repeats."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data import mirrored, quarter_turn, relight, soft_occupancy
+from trainer.prepare.build import SDF_BAND, BuildOptions, _sample, turned
+from triptych.procedural import sample_object
+
+OPTIONS = BuildOptions(resolution=32, view_size=48, yaws=1)
+
+
+def mirror_image(mesh):
+    return mesh.replace(vertices=mesh.vertices * np.array([-1, 1, 1], np.float32), faces=mesh.faces[:, ::-1])
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return _sample(sample_object(), OPTIONS)
+
+
+def compare(made, expected):
+    """Equal but for pixels and voxels on an edge, where a sample may fall to either side."""
+    assert {name: (a.shape, a.dtype) for name, a in made.items()} == {
+        name: (a.shape, a.dtype) for name, a in expected.items()
+    }
+    alpha_a, alpha_b = made["albedo"][..., 3].astype(int), expected["albedo"][..., 3].astype(int)
+    assert (np.abs(alpha_a - alpha_b) > 64).mean() < 0.005
+    solid = (alpha_a == 255) & (alpha_b == 255)
+    assert 0.1 < solid.mean() < 0.9
+    for name, limit in (("albedo", 8), ("normal", 8)):
+        gap = np.abs(made[name][..., :3].astype(int) - expected[name][..., :3].astype(int)).max(axis=-1)
+        assert (gap[solid] > limit).mean() < 0.03, name
+    gap = np.abs(made["sdf"].astype(int) - expected["sdf"].astype(int)) * (SDF_BAND / 127)
+    assert (gap > 0.3).mean() < 0.005
+    assert ((made["sdf"] < 0) != (expected["sdf"] < 0)).mean() < 0.002
+
+
+def differ(a, b):
+    return (np.abs(a["albedo"].astype(int) - b["albedo"]).max(axis=-1) > 64).mean() > 0.03
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_quarter_turn_equals_preparing_the_turned_object(sample, turns):
+    made = quarter_turn(sample, turns)
+    compare(made, _sample(turned(sample_object(), 90.0 * turns), OPTIONS))
+    assert differ(made, sample) and differ(made, quarter_turn(sample, turns + 1))
+
+
+def test_mirroring_equals_preparing_the_mirrored_object(sample):
+    compare(mirrored(sample), _sample(mirror_image(sample_object()), OPTIONS))
+    assert differ(mirrored(sample), sample)
+
+
+def test_turns_and_mirrors_compose(sample):
+    def same(a, b):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+    same(quarter_turn(sample, 4), sample)
+    same(quarter_turn(sample, -1), quarter_turn(sample, 3))
+    same(quarter_turn(quarter_turn(sample, 1), 3), sample)
+    same(mirrored(mirrored(sample)), sample)
+    same(mirrored(quarter_turn(sample, 1)), quarter_turn(mirrored(sample), 3))
+
+
+def test_a_turn_moves_the_front_to_the_subjects_left(sample):
+    # The left view, from +X, is second in the rig.
+    np.testing.assert_array_equal(quarter_turn(sample, 1)["albedo"][1], sample["albedo"][0])
+    x = np.zeros((4, 4, 4), np.int8)
+    x[2, 1, 3] = 1  # in front: large z
+    [(i, j, k)] = np.argwhere(quarter_turn({**sample, "sdf": x}, 1)["sdf"])
+    assert (i, j, k) == (3, 1, 1)  # at the left, large x, and what was right of the middle is behind
+
+
+def test_relighting_is_in_range_and_repeats(sample):
+    before = {name: array.copy() for name, array in sample.items()}
+    pictures = []
+    for seed in range(40):
+        lit = relight(sample["albedo"], sample["normal"], np.random.default_rng(seed))
+        assert lit.shape == (4, 4, 48, 48) and lit.dtype == torch.float32
+        assert torch.isfinite(lit).all() and lit.min() >= 0 and lit.max() <= 1
+        np.testing.assert_array_equal(lit[:, 3].numpy(), (sample["albedo"][..., 3] / np.float32(255)))
+        pictures.append(lit)
+    again = relight(sample["albedo"], sample["normal"], np.random.default_rng(7))
+    assert torch.equal(again, pictures[7])
+    assert not torch.equal(pictures[6], pictures[7])
+    for name, array in sample.items():
+        np.testing.assert_array_equal(array, before[name])
+    means = torch.stack([p[:, :3][p[:, 3:].expand(-1, 3, -1, -1) == 1].mean() for p in pictures])
+    assert 0.08 < means.std() and 0.1 < means.min() and means.max() < 0.98, "dark and bright, none black or blank"
+
+
+def test_relighting_shades_by_the_normal(sample):
+    """A grey ball under any light is brighter where its normal faces it: the pictures carry shape."""
+    albedo = np.full_like(sample["albedo"], 128)
+    albedo[..., 3] = 255
+    spread = [
+        float(relight(albedo, sample["normal"], np.random.default_rng(seed))[:, :3].mean(dim=1).std())
+        for seed in range(30)
+    ]
+    assert np.mean(np.array(spread) > 0.02) > 0.7
+
+
+def test_soft_occupancy_is_a_sigmoid_of_the_distance():
+    sdf = torch.arange(-127, 128, dtype=torch.int8)
+    soft = soft_occupancy(sdf, SDF_BAND)
+    distance = sdf.float() * SDF_BAND / 127
+    assert soft[0] == 1 and soft[-1] == 0 and soft[127] == 0.5
+    torch.testing.assert_close(torch.logit(soft[1:-1].double()).float(), -distance[1:-1] / 0.4, atol=1e-3, rtol=1e-3)
+    assert (soft[1:] < soft[:-1]).all()

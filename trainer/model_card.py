@@ -1,0 +1,79 @@
+"""The model card of an exported bundle: what it is, what it saw, under which licences, and how good it is.
+
+Quality is left open, between two marks, for ``python -m benchmarks.quality --card`` to fill with what it measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+QUALITY_MARKS = ("<!-- quality -->", "<!-- /quality -->")
+
+
+def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dict]) -> None:
+    """``folder``/README.md. provenance: of the last stage, earlier ones nested in it; records: the training objects."""
+    lines = [
+        f"# {folder.name}",
+        "",
+        "Weights of Triptych (Apache-2.0), trained by its own trainer; safetensors with hashes in `bundle.json`.",
+        "1-4 posed views of one object -> a 64^3 solid. `docs/reconstruction.md` says how.",
+        "",
+        "## Training",
+        "",
+        "| stage | recipe | steps | samples | hours | device | commit |",
+        "|---|---|---|---|---|---|---|",
+        *[_stage(stage) for stage in _stages(provenance)],
+        "",
+        f"{len(records)} objects (the training split of the prepared data), each as it is and turned once, all quarter",
+        "turns and mirror images, random light and colours. Evaluation objects were not among them.",
+        "",
+        "## Quality",
+        "",
+        QUALITY_MARKS[0],
+        "not measured",
+        QUALITY_MARKS[1],
+        "",
+        "## Limits",
+        "",
+        "- Thin parts below 1/64 of the longest side are lost; tops and undersides are seen by no view of the rig.",
+        "- Mostly stylised, low-poly training objects: fine relief of real things is smoothed away.",
+        "- Views are taken as orthographic, level and cut out; other pictures are outside of what it saw.",
+        "",
+        "## Data and credits",
+        "",
+        "| licence | credit | objects |",
+        "|---|---|---|",
+        *_credits(records),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def fill_quality(card: Path, text: str) -> None:
+    """Puts ``text`` between the card's quality marks."""
+    before, rest = card.read_text(encoding="utf-8").split(QUALITY_MARKS[0])
+    after = rest.split(QUALITY_MARKS[1])[1]
+    card.write_text(f"{before}{QUALITY_MARKS[0]}\n{text}\n{QUALITY_MARKS[1]}{after}", encoding="utf-8")
+
+
+def _stages(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    earlier = [value for value in provenance.values() if isinstance(value, dict) and "recipe" in value]
+    return [stage for part in earlier for stage in _stages(part)] + [provenance]
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    commit = str(stage.get("commit", "unknown"))[:12] + ("+" if stage.get("dirty") else "")
+    hours = float(stage.get("wall_s", 0)) / 3600
+    name = stage.get("config", {}).get("task", "")
+    return (
+        f"| {name} | {stage.get('recipe', '')} | {stage.get('step', '')} | {stage.get('samples', '')} | {hours:.2f} | "
+        f"{stage.get('device', '')} | {commit} |"
+    )
+
+
+def _credits(records: list[dict]) -> list[str]:
+    found = Counter((r.get("licence") or "not stated", r.get("attribution") or "not stated") for r in records)
+    rows = sorted(found.items())
+    return [f"| {licence} | {credit.replace('|', '/')} | {count} |" for (licence, credit), count in rows]
