@@ -74,6 +74,28 @@ def test_bundle_says_where_it_comes_from(trained):
     assert bundle.manifest.provenance["structure_vae"]["step"] == 4
 
 
+def test_a_flow_on_the_field_needs_no_decoder(prepared, tmp_path):
+    """Without a VAE the flow's blocks are the field: a bundle of one network, told by its bias that all is inside."""
+    flow = replace(
+        build_recipe("structure_flow_tiny"),
+        task_config=StructureFlowConfig(
+            data=str(prepared), model_channels=48, num_blocks=1, num_heads=4, image_size=64,
+            encoder_channels=(8, 16), encoder_blocks=(1, 1), validation_objects=2,
+        ),
+        steps=2, batch_size=2, warmup_steps=1, validate_every=2, pictures_every=2,
+    )  # fmt: skip
+    train(flow, tmp_path / "run", device="cpu")
+    export(tmp_path / "run", tmp_path / "field", device="cpu")
+    bundle = load_bundle(tmp_path / "field")
+    assert set(bundle.manifest.components) == {"structure_flow"}
+    with torch.no_grad():
+        bundle.network("structure_flow").out_layer.bias.fill_(1.0)
+    views = prepare_views(sample_views(128), size=128)
+    mesh = mesh_from_views(views, bundle, Settings(texture_size=0, ensemble=2)).mesh
+    low, high = mesh.bounds
+    assert (high - low).max() == pytest.approx(1, abs=0.05)
+
+
 def solid_bundle(folder: Path):
     """The trained bundle, with a decoder that says "inside" so that the silhouettes alone shape the mesh."""
     bundle = load_bundle(folder)

@@ -7,12 +7,10 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -412,7 +410,9 @@ def test_workers_that_die_or_hang_cost_their_object_only(tmp_path):
     assert records["hangs"]["reason"].startswith("took longer than 4 s")
     for record in records.values():
         arrays = load_file(shards / f"{record['shard']}.safetensors") if record["rows"] else {}
-        assert [arrays["sdf"][row].item() for row in record["rows"]] == ([len(record["key"])] if not record["gate"] else [])
+        assert [arrays["sdf"][row].item() for row in record["rows"]] == (
+            [len(record["key"])] if not record["gate"] else []
+        )
     assert os.getpid() not in {r.get("pid") for r in records.values()}
     assert json.loads((tmp_path / "deaths.json").read_text()) == {}
     sources = [s for job in jobs for s in job.sources if records[s.name]["gate"]]
@@ -625,7 +625,9 @@ def test_the_command_line(tmp_path, capsys):
     folder, out = write_boxes(tmp_path / "in", 3), tmp_path / "out"
     line = f"{folder} --out {out} --workers 0 --resolution 16 --view-size 16 --limit 2 --drop-open 0.4 --min-faces 13"
     assert main(parser.parse_args(line.split())) == 0
-    assert re.match(r"0 objects \(0 samples\) ready in .*, 2 dropped, 0 flagged; .*report\.html", capsys.readouterr().out)
+    assert re.match(
+        r"0 objects \(0 samples\) ready in .*, 2 dropped, 0 flagged; .*report\.html", capsys.readouterr().out
+    )
     gates = index_of(out)["options"]["gates"]
     assert (gates["drop_open"], gates["min_faces"], gates["max_faces"]) == (0.4, 13, 2_000_000)
     with pytest.raises(TriptychError, match="--workers must be 0 or more"):

@@ -1,8 +1,12 @@
-"""Task: the lifted structure flow, 1-4 posed views -> the 16^3 latent of a solid.
+"""Task: the lifted structure flow, 1-4 posed views -> a solid, as a latent or as the field itself.
+
+With a ``vae`` the flow runs in its latent space, as TRELLIS does. Without one it runs on the truncated signed distance
+field, 64^3 voxels in blocks of 8^3: the mean of what is possible is then a field with a sensible surface, while the mean of
+latents decodes to nothing in particular. docs/reconstruction.md has the numbers that made the tiny bundle use the field.
 
 Each sample draws its views (any subset of the rig), light and colours, one of eight symmetries, a noise level and the
-noise from its own seed. The latent is encoded in the step: with the tiny encoder that costs a tenth of it, and it makes
-all symmetries available without a cache eight times the size of the data.
+noise from its own seed. A latent is encoded in the step: with the tiny encoder that costs a quarter of it, and it makes all symmetries
+available without a cache eight times the size of the data.
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 
 @dataclass(frozen=True)
 class StructureFlowConfig:
-    """data: a prepared folder. vae: folder that the structure_vae task exported. view_shares: how often a sample has
+    """data: a prepared folder. vae: folder that the structure_vae task exported, None for the field. view_shares: how often a sample has
     1, 2, 3 and 4 views. drop_condition: share of samples trained without pictures, for guidance."""
 
     data: str
-    vae: str
+    vae: str | None = None
     model_channels: int = 256
     num_blocks: int = 4
     num_heads: int = 4
@@ -44,8 +48,8 @@ class StructureFlowConfig:
     encoder_blocks: tuple[int, int] = (2, 2)
     view_shares: tuple[float, float, float, float] = (0.25, 0.2, 0.15, 0.4)
     drop_condition: float = 0.1
-    time_mean: float = 1.0
-    time_std: float = 1.0
+    time_mean: float = 3.5  # of the logit; a field of many voxels needs more noise than a latent (TRELLIS: 1, 1)
+    time_std: float = 1.5
     min_weight_time: float = 0.3  # the velocity loss weighs a latent's error by 1 / t^2, from this time up
     softness: float = 0.4
     validation_objects: int = 48
@@ -83,7 +87,7 @@ class StructureFlowTask:
             "num_blocks": config.num_blocks,
             "num_heads": config.num_heads,
             "mlp_ratio": config.mlp_ratio,
-            "patch_size": 2,
+            "patch_size": 2 if self.config.vae else resolution // 8,
             "share_mod": True,
             "qk_rms_norm": False,
             "image_size": config.image_size,
@@ -92,8 +96,12 @@ class StructureFlowTask:
         }
 
     def build_model(self) -> nn.Module:
-        encoder, _, _ = load_vae(self.config.vae)
         data = PreparedData(self.config.data, "train")
+        if not self.config.vae:
+            model = LiftedStructureFlow(**self.flow_config(1, int(data.options["resolution"])))
+            model.set_latent_statistics(torch.zeros(1), torch.ones(1), -torch.ones(1, *[model.resolution] * 3))
+            return model
+        encoder, _, _ = load_vae(self.config.vae)
         band = float(data.options["sdf_band"])
         every = max(1, len(data) // 64)
         fields = torch.from_numpy(np.stack([data.field(i) for i in range(0, len(data), every)][:64]))
@@ -109,10 +117,16 @@ class StructureFlowTask:
 
     def setup(self, device: torch.device) -> None:
         self.device = device
-        self.encoder, self.decoder, self.vae_configs = load_vae(self.config.vae)
-        self.encoder.to(device)
-        self.decoder.to(device)
         self.data = PreparedData(self.config.data, "train")
+        resolution = int(self.data.options["resolution"])
+        self.latent_shape: tuple[int, ...] = (1, *[resolution] * 3)
+        if self.config.vae:
+            self.encoder, self.decoder, self.vae_configs = load_vae(self.config.vae)
+            self.encoder.to(device)
+            self.decoder.to(device)
+            encoder = self.vae_configs["encoder"]
+            side = resolution // 2 ** (len(encoder["channels"]) - 1)
+            self.latent_shape = (encoder["latent_channels"], *[side] * 3)
         self.held_out = PreparedData(self.config.data, "validation")
         if self.data.options["view_size"] != self.config.image_size:
             raise TriptychError(
@@ -134,8 +148,6 @@ class StructureFlowTask:
         count = 1 + int(generator.choice(4, p=np.array(self.config.view_shares) / sum(self.config.view_shares)))
         views = np.sort(generator.permutation(4)[:count])
         pictures = relight(item["albedo"], item["normal"], generator, views.tolist())
-        side = 2 ** (len(self.vae_configs["encoder"]["channels"]) - 1)
-        shape = (self.vae_configs["encoder"]["latent_channels"], *[item["sdf"].shape[0] // side] * 3)
         time = logit_normal_times(
             torch.tensor(generator.standard_normal(), dtype=torch.float32), self.config.time_mean, self.config.time_std
         )
@@ -143,7 +155,7 @@ class StructureFlowTask:
             "images": (pictures * 255 + 0.5).to(torch.uint8),
             "views": torch.from_numpy(views),
             "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
-            "noise": torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)),
+            "noise": torch.from_numpy(generator.standard_normal(self.latent_shape, dtype=np.float32)),
             "time": time,
             "drop": torch.tensor(bool(generator.random() < self.config.drop_condition)),
         }
@@ -176,7 +188,13 @@ class StructureFlowTask:
         return (error * weight).mean(), {"latent_error": error.detach().mean(), "active": cond.active.float().mean()}
 
     def _encode(self, sdf: Tensor) -> Tensor:
+        if not self.config.vae:
+            return sdf[:, None].float() / -127
         return self.encoder(soft_occupancy(sdf, self.band, self.config.softness)[:, None]).float()
+
+    def _decode(self, x: Tensor) -> Tensor:
+        """Clean latents or fields (B, C, R, R, R) -> logits or fields (B, 1, 64, 64, 64), positive inside."""
+        return self.decoder(x) if self.config.vae else x
 
     # ---- validation
 
@@ -188,7 +206,7 @@ class StructureFlowTask:
             item = self.held_out[i * step]
             generator = np.random.default_rng(i)
             pictures = relight(item["albedo"], item["normal"], generator)[views]  # the same light, however many views
-            noise = generator.standard_normal((8, 16, 16, 16), dtype=np.float32)
+            noise = generator.standard_normal(self.latent_shape, dtype=np.float32)
             samples.append({
                 "images": (pictures * 255 + 0.5).to(torch.uint8),
                 "views": torch.tensor(views),
@@ -209,7 +227,7 @@ class StructureFlowTask:
             cond = model.condition(self.posed(batch))
             v = model(batch["noise"].to(self.device), torch.full((len(sdf),), 1000.0, device=self.device), cond)
             clean = batch["noise"].to(self.device) - v
-            logits = torch.cat([self.decoder(part) for part in model.denormalize(clean).split(8)])
+            logits = torch.cat([self._decode(part) for part in model.denormalize(clean).split(8)])
             wrong = (model.to_tokens(clean) - model.to_tokens(x_0)).square().mean(-1)
             found |= {f"latent_error_{name}": float(wrong[cond.active].mean())}
             found |= {f"iou_{name}": float(solid_iou(logits.float(), sdf).mean())}
@@ -224,7 +242,7 @@ class StructureFlowTask:
             noise = batch["noise"].to(self.device)
             cond = model.condition(self.posed(batch))
             clean = noise - model(noise, torch.full((len(noise),), 1000.0, device=self.device), cond)
-            logits = self.decoder(model.denormalize(clean[:12]))
+            logits = self._decode(model.denormalize(clean[:12]))
             rows.append((logits[:, 0] > 0).float().cpu().numpy())
         true = (batch["sdf"][:12] < 0).float().numpy()
         return field_sheet([true, *rows, *[np.rot90(r, axes=(1, 3)) for r in (true, *rows)]])
@@ -234,12 +252,12 @@ class StructureFlowTask:
         from trainer.model_card import write_model_card
 
         config = self.flow_config(model.in_channels, model.resolution)
-        components = {
-            "structure_flow": (model, config),
-            "structure_decoder": (self.decoder, self.vae_configs["decoder"]),
-        }
-        provenance = provenance | {"structure_vae": load_bundle(Path(self.config.vae)).manifest.provenance}
-        sampling = {"steps": 4, "rescale_t": 3.0, "softness": self.config.softness}
+        components: dict[str, tuple[nn.Module, dict[str, Any]]] = {"structure_flow": (model, config)}
+        sampling = {"steps": 1, "rescale_t": 8.0, "voxels_per_unit": self.band}
+        if self.config.vae:
+            components["structure_decoder"] = (self.decoder, self.vae_configs["decoder"])
+            provenance = provenance | {"structure_vae": load_bundle(Path(self.config.vae)).manifest.provenance}
+            sampling = {"steps": 4, "rescale_t": 3.0, "voxels_per_unit": self.config.softness}
         write_components(folder, components, provenance, sampling=sampling)
         write_model_card(folder, provenance, self.data.records)
 

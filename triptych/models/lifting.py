@@ -171,6 +171,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         self.view_encoder = ViewEncoder((fine, coarse), (encoder_blocks[0], encoder_blocks[1]), context)
         self.lift = Lift(coarse, channels)
         self.view_geometry = nn.Linear(_GEOMETRY, context)
+        self.hull_layer = nn.Linear(64, channels)
         self.register_buffer("latent_mean", torch.zeros(self.in_channels))
         self.register_buffer("latent_std", torch.ones(self.in_channels))
         self.register_buffer("empty_tokens", torch.zeros(self.side**3, latent))
@@ -215,10 +216,10 @@ class LiftedStructureFlow(SparseStructureFlowModel):
             raise ValueError(f"views are {tuple(views.images.shape)}, expected (N, 4, {size}, {size})")
         sample = torch.repeat_interleave(torch.arange(len(views.counts)), torch.tensor(views.counts))
         sample = sample.to(views.images.device)
-        active = self.active_blocks(views, sample)
+        active, hull = self.hull_blocks(views, sample)
         features, tokens = self.view_encoder(views.images)
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(views.images.device)
-        lifted = self._lift(views, sample, active, features)
+        lifted = self._lift(views, sample, active, features) + self.hull_layer(hull[active] * 2 - 1)
         pose = self.view_geometry(torch.cat([rotations[:, 2], _waves(rotations[:, 0])], dim=-1))
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
         lengths = tuple(active.sum(dim=1).tolist())
@@ -226,26 +227,32 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         return LiftedCondition(active, lengths, lifted, context.flatten(0, 1)[None], context_lengths)
 
     @torch.no_grad()
-    def active_blocks(self, views: PosedViews, sample: Tensor) -> Tensor:
-        """(B, L) bool: blocks with a point inside the (slightly dilated) silhouettes of all the sample's views."""
-        masks = F.max_pool2d(views.images[:, 3:].float(), 9, stride=1, padding=4)
-        inside = torch.ones(len(views.counts), *self.fine_probe.shape[:2], dtype=torch.bool, device=masks.device)
-        for mask, camera, b in zip(masks, views.cameras, sample.tolist(), strict=True):
-            pixels = self._pixels(camera, mask.shape[-1])
-            inside[b] &= ((mask.flatten() > 0.5)[pixels.clamp_min(0)]) & (pixels >= 0)
-        active = inside.any(dim=2)
+    def hull_blocks(self, views: PosedViews, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and
+        (B, L, 64) float, at 4 x 4 x 4 points of each block the least alpha over the sample's views (smoothed over three
+        pixels, so that it tells how far an outline is)."""
+        alpha = views.images[:, 3:].float()
+        smooth = F.pad(F.avg_pool2d(alpha, 3, stride=1, padding=1).flatten(1), (0, 1))
+        dilated = F.pad(F.max_pool2d(alpha, 9, stride=1, padding=4).flatten(1), (0, 1))  # the last pixel: outside
+        shape = (len(views.counts), *self.fine_probe.shape[:2])
+        hull, reach = torch.ones(shape, device=alpha.device), torch.ones(shape, device=alpha.device)
+        for n, (camera, b) in enumerate(zip(views.cameras, sample.tolist(), strict=True)):
+            pixels = self._pixels(camera, alpha.shape[-1])
+            hull[b] = torch.minimum(hull[b], smooth[n][pixels])
+            reach[b] = torch.minimum(reach[b], dilated[n][pixels])
+        active = (reach > 0.5).any(dim=2)
         active[~active.any(dim=1)] = True  # contradictory silhouettes: trust none of them
-        return active
+        return active, hull
 
     @torch.no_grad()
     def _pixels(self, camera: Camera, size: int) -> Tensor:
-        """(L, 64) number of the pixel in which each fine point of each block lies, -1 outside of the frame."""
+        """(L, 64) number of the pixel in which each fine point of each block lies, the last and one outside the frame."""
         key = (camera, size, self.probe.device)
         if key not in self._projections:
             ndc, _ = camera.project(self.fine_probe)
             column, row = ((ndc * ndc.new_tensor([1, -1]) + 1) / 2 * size).floor().long().unbind(-1)
             outside = (column < 0) | (row < 0) | (column >= size) | (row >= size)
-            self._projections[key] = torch.where(outside, -1, row * size + column)
+            self._projections[key] = torch.where(outside, size * size, row * size + column)
         return self._projections[key]
 
     def _lift(self, views: PosedViews, sample: Tensor, active: Tensor, features: Tensor) -> Tensor:

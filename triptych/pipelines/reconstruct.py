@@ -1,9 +1,9 @@
 """The main job: posed views of one object -> a textured mesh.
 
-    views --lifted structure flow--> 16^3 latent --decoder--> signed field --marching cubes--> mesh --views--> texture
+    views --lifted structure flow (and decoder)--> signed field --marching cubes--> mesh --views--> texture
 
-Until the second stage exists, the mesh is the isosurface of the decoder's logits, which were trained to be proportional
-to the signed distance near the surface. What the silhouettes rule out is cut away exactly: no point of the mesh
+Until the second stage exists, the mesh is the isosurface of the first stage's field. A bundle with a structure decoder
+runs the flow in its latent space; one without runs it on the field itself. What the silhouettes rule out is cut away exactly: no point of the mesh
 projects outside of a given view's outline. Every function takes progress and cancel callbacks and touches no files.
 """
 
@@ -108,13 +108,14 @@ def structure_from_views(
     step(fraction) is called after each sampling step.
     """
     settings = _resolved(settings, bundle)
-    flow, decoder = bundle.network("structure_flow"), bundle.network("structure_decoder")
+    flow = bundle.network("structure_flow")
     if not isinstance(flow, LiftedStructureFlow):
         raise TriptychError(
             f"the bundle {bundle.name} was not trained for posed views ({type(flow).__name__}): "
             "choose one with a LiftedStructureFlow, such as triptych-tiny"
         )
-    flow, decoder = flow.to(device), decoder.to(device)
+    flow = flow.to(device)
+    decoder = bundle.network("structure_decoder").to(device) if bundle.has("structure_decoder") else torch.nn.Identity()
     poses = POSES[: settings.ensemble]
     posed = _posed(_resize(views.images, flow.image_size).to(device), views.cameras, poses)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -137,9 +138,9 @@ def structure_from_views(
             cancel=cancel,
         ).samples
         parts = [decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]
-        logits = torch.cat(parts).cpu().numpy()
-    upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(logits, poses, strict=True)]
-    field = np.mean(upright, axis=0) * _number(bundle, "softness", 0.4)
+        fields = torch.cat(parts).cpu().numpy()
+    upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
+    field = np.mean(upright, axis=0) * _number(bundle, "voxels_per_unit", 1.0)
     if settings.keep_silhouettes:
         field = np.minimum(field, hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field)))
     return field.astype(np.float32)
