@@ -1,12 +1,12 @@
 """Task: the lifted structure flow, 1-4 posed views -> a solid, as a latent or as the field itself.
 
 With a ``vae`` the flow runs in its latent space, as TRELLIS does. Without one it runs on the truncated signed distance
-field, 64^3 voxels in blocks of 8^3: the mean of what is possible is then a field with a sensible surface, while the mean of
-latents decodes to nothing in particular. docs/reconstruction.md has the numbers that made the tiny bundle use the field.
+field, 64^3 voxels in blocks of 8^3: the mean of what is possible is then a field with a sensible surface, while the
+mean of latents decodes to nothing in particular. docs/reconstruction.md has the numbers behind that choice.
 
 Each sample draws its views (any subset of the rig), light and colours, one of eight symmetries, a noise level and the
-noise from its own seed. A latent is encoded in the step: with the tiny encoder that costs a quarter of it, and it makes all symmetries
-available without a cache eight times the size of the data.
+noise from its own seed. A latent is encoded in the step: with the tiny encoder that costs a quarter of it, and it
+makes all symmetries available without a cache eight times the size of the data.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 
 @dataclass(frozen=True)
 class StructureFlowConfig:
-    """data: a prepared folder. vae: folder that the structure_vae task exported, None for the field. view_shares: how often a sample has
-    1, 2, 3 and 4 views. drop_condition: share of samples trained without pictures, for guidance."""
+    """data: a prepared folder. vae: folder that the structure_vae task exported, None for the field. view_shares: how
+    often a sample has 1, 2, 3 and 4 views. drop_condition: share of samples without pictures, for guidance."""
 
     data: str
     vae: str | None = None

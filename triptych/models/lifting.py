@@ -246,7 +246,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
 
     @torch.no_grad()
     def _pixels(self, camera: Camera, size: int) -> Tensor:
-        """(L, 64) number of the pixel in which each fine point of each block lies, the last and one outside the frame."""
+        """(L, 64) number of the pixel in which each fine point of each block lies; S^2 for those outside the frame."""
         key = (camera, size, self.probe.device)
         if key not in self._projections:
             ndc, _ = camera.project(self.fine_probe)

@@ -3,8 +3,9 @@
     views --lifted structure flow (and decoder)--> signed field --marching cubes--> mesh --views--> texture
 
 Until the second stage exists, the mesh is the isosurface of the first stage's field. A bundle with a structure decoder
-runs the flow in its latent space; one without runs it on the field itself. What the silhouettes rule out is cut away exactly: no point of the mesh
-projects outside of a given view's outline. Every function takes progress and cancel callbacks and touches no files.
+runs the flow in its latent space; one without runs it on the field itself. What the silhouettes rule out is cut away:
+no point of the mesh projects outside of a given view's outline. Functions take progress and cancel callbacks and touch
+no files.
 """
 
 from __future__ import annotations
