@@ -18,7 +18,7 @@ def flow() -> LiftedStructureFlow:
     )  # fmt: skip
     for parameter in model.parameters():  # also those that start at zero, or nothing would reach the output
         torch.nn.init.normal_(parameter, std=0.1)
-    model.set_latent_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.full((4,), 2.0), torch.ones(4, 8, 8, 8))
+    model.set_latent_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.full((4,), 2.0), torch.ones(4))
     return model.eval().requires_grad_(False)
 
 

@@ -93,13 +93,14 @@ class StructureFlowTask:
             "image_size": config.image_size,
             "encoder_channels": list(config.encoder_channels),
             "encoder_blocks": list(config.encoder_blocks),
+            "hull_skip": not config.vae and resolution == 64,
         }
 
     def build_model(self) -> nn.Module:
         data = PreparedData(self.config.data, "train")
         if not self.config.vae:
             model = LiftedStructureFlow(**self.flow_config(1, int(data.options["resolution"])))
-            model.set_latent_statistics(torch.zeros(1), torch.ones(1), -torch.ones(1, *[model.resolution] * 3))
+            model.set_latent_statistics(torch.zeros(1), torch.ones(1), -torch.ones(1))
             return model
         encoder, _, _ = load_vae(self.config.vae)
         band = float(data.options["sdf_band"])
@@ -108,8 +109,10 @@ class StructureFlowTask:
         with torch.no_grad():
             targets = soft_occupancy(fields, band, self.config.softness)[:, None]
             z = torch.cat([encoder(part) for part in targets.split(8)])
-            empty = encoder(torch.zeros_like(targets[:1]))[0]
-        occupied = (z - empty).abs().sum(dim=1) > 0.05 * (z - empty).abs().sum(dim=1).max()
+            nothing = encoder(torch.zeros_like(targets[:1]))[0]
+        empty = nothing.flatten(1).median(dim=1).values  # the border sees the padding
+        far = (z - nothing).abs().sum(dim=1)
+        occupied = far > 0.05 * far.max()
         chosen = z.movedim(1, -1)[occupied]
         model = LiftedStructureFlow(**self.flow_config(z.shape[1], z.shape[2]))
         model.set_latent_statistics(chosen.mean(dim=0), chosen.std(dim=0), empty)
@@ -273,6 +276,7 @@ def drop_some(cond: LiftedCondition, drop: Tensor) -> LiftedCondition:
         active=cond.active,
         lengths=cond.lengths,
         lifted_TC=cond.lifted_TC * keep.repeat_interleave(lengths)[:, None],
+        hull_TD=cond.hull_TD,
         context=cond.context * keep.repeat_interleave(context_lengths)[None, :, None],
         context_lengths=cond.context_lengths,
     )

@@ -6,9 +6,10 @@ The network learns solids, so a rule decides what "inside" means:
 1. Every triangle is covered by a lattice of points no further apart than half a fine cell (twice the resolution), so
    the marked fine cells let no 6-connected path through.
 2. Whatever a flood from above and from the sides cannot reach is inside. The flood does not enter from below: an
-   object stands on the floor, so an open bottom is filled: a cup stays hollow, a house not.
+   object stands on the floor, so an open bottom is filled and closed: a cup stays hollow, a house not.
 3. Each surface sample looks to both of its sides. Inside and outside: a wall of the solid, its normal now points out.
    Outside on both sides: a sheet, given a thickness of one voxel. Inside on both sides: an inner wall, dropped.
+   At an edge, one look runs along another face and meets neither: then what lies around decides.
 4. The distance at a voxel's centre is measured to the nearest kept sample's tangent disc.
 
 Not covered: openings to the side or top that were meant to be closed (they stay open, and the walls get one voxel).
@@ -25,6 +26,9 @@ from .mesh import Mesh
 
 _SURFACE, _OUTSIDE, _INSIDE = 1, 2, 3
 _DISC_RADIUS = 0.35  # of a voxel: what one sample stands for, sideways
+# A little over half a voxel: a sheet midway between two layers of centres, as in every mirror-symmetric leaf or blade,
+# belongs to both instead of neither.
+_SHEET_HALF = 0.55
 _MAX_SAMPLES = 6_000_000
 
 
@@ -64,14 +68,25 @@ def _labels(cells: np.ndarray, size: int) -> np.ndarray:
     """(size + 2,) * 3 uint8 grid, one cell of margin: surface, outside, inside."""
     grid = np.full((size + 2,) * 3, _INSIDE, dtype=np.uint8)
     grid[tuple(cells.T + 1)] = _SURFACE
-    free, _ = ndimage.label(grid != _SURFACE)
-    # The margin below is no way in: the flood starts above and at the sides, from the first layer over the floor.
-    ways_in = np.unique(np.concatenate([free[:, -1].ravel(), *(free[s, 1:].ravel() for s in (0, -1)),
-                                        *(free[:, 1:, s].ravel() for s in (0, -1))]))  # fmt: skip
+    # The floor is where the object stands, which in a cube is not the lowest layer of an object wider than it is tall.
+    floor = int(cells[:, 1].min()) + 1
+    above = grid[:, floor:]
+    free, _ = ndimage.label(above != _SURFACE)
+    ways_in = np.unique(np.concatenate([free[:, -1].ravel(), *(free[s].ravel() for s in (0, -1)),
+                                        *(free[:, :, s].ravel() for s in (0, -1))]))  # fmt: skip
     reached = np.zeros(free.max() + 1, dtype=bool)
     reached[ways_in[ways_in > 0]] = True
-    grid[reached[free] & (grid != _SURFACE)] = _OUTSIDE
+    above[reached[free] & (above != _SURFACE)] = _OUTSIDE
+    grid[:, :floor] = _OUTSIDE
     return grid
+
+
+def _filled_floor(labels: np.ndarray, fine: int) -> np.ndarray:
+    """(N, 3) float32 points of the floor under an opening that was filled: a surface that the mesh lacks."""
+    floor = int((labels != _OUTSIDE).any(axis=(0, 2)).argmax())
+    x, z = np.nonzero(labels[:, floor] == _INSIDE)
+    cells = np.stack([x, np.full_like(x, floor), z], axis=1) - 1
+    return (cells / fine - 0.5).astype(np.float32)
 
 
 def _sides(points: np.ndarray, normals: np.ndarray, labels: np.ndarray, fine: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +99,35 @@ def _sides(points: np.ndarray, normals: np.ndarray, labels: np.ndarray, fine: in
             there = labels[tuple(np.clip(cells, 0, len(labels) - 1).T)]
             seen = np.where(seen == _SURFACE, there, seen)
         found.append(seen)
-    return found[0], found[1]
+    return _edges(points, found[0], found[1], labels, fine)
+
+
+def _edges(
+    points: np.ndarray, plus: np.ndarray, minus: np.ndarray, labels: np.ndarray, fine: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a look ran along another face, at an edge: what it should have met, by the labels two cells around."""
+    unclear = np.flatnonzero((plus == _SURFACE) | (minus == _SURFACE))
+    if not len(unclear):
+        return plus, minus
+    steps = np.stack(np.meshgrid(*[np.arange(-2, 3)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    cells = np.rint((points[unclear] + 0.5) * fine).astype(np.int64) + 1
+    around = labels[tuple(np.clip(cells[:, None] + steps, 0, len(labels) - 1).transpose(2, 0, 1))]
+    inside, outside = (around == _INSIDE).any(axis=1), (around == _OUTSIDE).any(axis=1)
+    a, b = plus[unclear], minus[unclear]
+    for one, other in ((a, b), (b, a)):
+        blind = one == _SURFACE
+        one[blind & (other == _OUTSIDE)] = _OUTSIDE
+        one[blind & (other == _OUTSIDE) & inside] = _INSIDE
+        one[blind & (other == _INSIDE)] = _INSIDE
+        one[blind & (other == _INSIDE) & outside] = _OUTSIDE
+    blind = (a == _SURFACE) & (b == _SURFACE)
+    a[blind], b[blind] = (
+        np.where(outside | ~inside, _OUTSIDE, _INSIDE)[blind],
+        np.where(inside, _INSIDE, _OUTSIDE)[blind],
+    )
+    plus, minus = plus.copy(), minus.copy()
+    plus[unclear], minus[unclear] = a, b
+    return plus, minus
 
 
 def solid_sdf(mesh: Mesh, resolution: int = 64, band: float = 2.0) -> np.ndarray:
@@ -113,10 +156,15 @@ def solid_sdf(mesh: Mesh, resolution: int = 64, band: float = 2.0) -> np.ndarray
     normals = np.where(((plus == _INSIDE) & (minus != _INSIDE))[:, None], -normals, normals)
     wall = (plus == _INSIDE) != (minus == _INSIDE)
     kept = wall | (plus != _INSIDE)
-    distance, nearest = _nearest(points[kept], normals[kept], resolution, band)
+    labels[tuple(cells[~kept].T + 1)] = _INSIDE  # a voxel whose centre lies on an inner wall is inside
+    wall, points, normals = wall[kept], points[kept], normals[kept]
+    floor_points = _filled_floor(labels, fine)
+    points = np.concatenate([points, floor_points])
+    normals = np.concatenate([normals, np.broadcast_to(np.array([0, -1, 0], dtype=np.float32), floor_points.shape)])
+    wall = np.concatenate([wall, np.ones(len(floor_points), dtype=bool)])
+    distance, nearest = _nearest(points, normals, resolution, band)
 
     centre = labels[2:-1:2, 2:-1:2, 2:-1:2]
-    wall, points, normals = wall[kept], points[kept], normals[kept]
     found = nearest >= 0
     sdf = np.where(centre == _INSIDE, -distance, distance)
     if len(points):
@@ -125,7 +173,7 @@ def solid_sdf(mesh: Mesh, resolution: int = 64, band: float = 2.0) -> np.ndarray
         grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
         side = np.einsum("...k,...k->...", grid - points[index], normals[index]) * resolution
         sdf = np.where(found & (centre == _SURFACE) & wall[index], np.where(side < 0, -distance, distance), sdf)
-        sdf = np.where(found & (centre != _INSIDE) & ~wall[index], distance - 0.5, sdf)
+        sdf = np.where(found & (centre != _INSIDE) & ~wall[index], distance - _SHEET_HALF, sdf)
     return sdf.clip(-band, band).astype(np.float32)
 
 

@@ -28,6 +28,7 @@ from ..geometry.cameras import Camera
 from .blocks import AbsolutePositionEmbedder
 from .structure_flow import SparseStructureFlowModel, patchify
 
+HULL_POINTS = 8  # along each side of a block, where the hull is looked up
 _MIN_TIME = 0.05  # below it the step from latent to velocity is held, so that it stays finite
 
 
@@ -52,19 +53,21 @@ class LiftedCondition:
     """What the tokens need to know of the views, computed once for all sampling steps.
 
     active: (B, L) bool, blocks that the silhouettes allow. lengths: active tokens of each sample.
-    lifted_TC: features of the active tokens. context: (1, image tokens of all samples, Cc); context_lengths.
+    lifted_TC: features of the active tokens; hull_TD: the visual hull in their blocks, -1 to 1. context:
+    (1, image tokens of all samples, Cc); context_lengths.
     """
 
     active: Tensor
     lengths: tuple[int, ...]
     lifted_TC: Tensor
+    hull_TD: Tensor
     context: Tensor
     context_lengths: tuple[int, ...]
 
     def null(self) -> LiftedCondition:
         """The unconditional twin for guidance: same active tokens, no picture."""
         nothing = torch.zeros_like(self.lifted_TC), torch.zeros_like(self.context)
-        return LiftedCondition(self.active, self.lengths, *nothing, self.context_lengths)
+        return LiftedCondition(self.active, self.lengths, nothing[0], self.hull_TD, nothing[1], self.context_lengths)
 
 
 class _ResBlock(nn.Module):
@@ -151,7 +154,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     """SparseStructureFlowModel conditioned by lifting; the state dict holds the base's keys and the lifting's.
 
     encoder_channels, encoder_blocks: widths and residual blocks of the view encoder at stride 4 and 8.
-    image_size: S of the views. Images of another size are a ValueError.
+    image_size: S of the views. Images of another size are a ValueError. hull_skip: for a flow on a field in blocks of
+    8^3, the visual hull is added to the prediction: the network learns where the object is less than its hull.
     """
 
     def __init__(
@@ -160,42 +164,48 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         image_size: int = 128,
         encoder_channels: tuple[int, int] = (64, 128),
         encoder_blocks: tuple[int, int] = (2, 2),
+        hull_skip: bool = False,
         **flow,
     ) -> None:
         super().__init__(**flow)
         channels, context = flow["model_channels"], flow["cond_channels"]
         self.image_size = image_size
         self.side = self.resolution // self.patch_size
-        latent = self.in_channels * self.patch_size**3
+        depth = HULL_POINTS**3
         fine, coarse = encoder_channels
         self.view_encoder = ViewEncoder((fine, coarse), (encoder_blocks[0], encoder_blocks[1]), context)
         self.lift = Lift(coarse, channels)
         self.view_geometry = nn.Linear(_GEOMETRY, context)
-        self.hull_layer = nn.Linear(64, channels)
+        self.hull_layer = nn.Linear(depth, channels)
+        if hull_skip and (self.in_channels != 1 or self.patch_size != HULL_POINTS):
+            raise ValueError(f"hull_skip needs a field in blocks of {HULL_POINTS}^3, not patches of {self.patch_size}")
+        self.hull_gain = nn.Parameter(torch.tensor([0.5])) if hull_skip else None
         self.register_buffer("latent_mean", torch.zeros(self.in_channels))
         self.register_buffer("latent_std", torch.ones(self.in_channels))
-        self.register_buffer("empty_tokens", torch.zeros(self.side**3, latent))
+        self.register_buffer("empty", torch.zeros(self.in_channels))
         patches = image_size // 16
         places = torch.cartesian_prod(torch.arange(patches), torch.arange(patches))
         self.register_buffer("image_pos", AbsolutePositionEmbedder(context, 2)(places), persistent=False)
         self.register_buffer("probe", block_points(self.side, 2), persistent=False)
-        self.register_buffer("fine_probe", block_points(self.side, 4), persistent=False)
+        self.register_buffer("coarse_probe", block_points(self.side, 4), persistent=False)
+        self.register_buffer("fine_probe", block_points(self.side, HULL_POINTS), persistent=False)
         self._projections: dict = {}
 
     latent_mean: Tensor
     latent_std: Tensor
-    empty_tokens: Tensor
+    empty: Tensor
     image_pos: Tensor
     probe: Tensor
+    coarse_probe: Tensor
     fine_probe: Tensor
 
     # ---- latents
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor, empty: Tensor) -> None:
-        """mean, std (channels,) of the latents; empty (channels, R, R, R): the latent of an empty grid."""
+        """mean, std (channels,) of the latents; empty (channels,): the latent of empty space."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
-        self.empty_tokens.copy_(self.to_tokens(self.normalize(empty[None]))[0])
+        self.empty.copy_(empty)
 
     def normalize(self, z: Tensor) -> Tensor:
         return (z - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
@@ -219,37 +229,40 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         active, hull = self.hull_blocks(views, sample)
         features, tokens = self.view_encoder(views.images)
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(views.images.device)
-        lifted = self._lift(views, sample, active, features) + self.hull_layer(hull[active] * 2 - 1)
+        lifted = self._lift(views, sample, active, features)
+        hull = hull * 2 - 1
         pose = self.view_geometry(torch.cat([rotations[:, 2], _waves(rotations[:, 0])], dim=-1))
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
         lengths = tuple(active.sum(dim=1).tolist())
         context_lengths = tuple(count * context.shape[1] for count in views.counts)
-        return LiftedCondition(active, lengths, lifted, context.flatten(0, 1)[None], context_lengths)
+        return LiftedCondition(active, lengths, lifted, hull, context.flatten(0, 1)[None], context_lengths)
 
     @torch.no_grad()
     def hull_blocks(self, views: PosedViews, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and
-        (B, L, 64) float, at 4 x 4 x 4 points of each block the least alpha over the sample's views (smoothed over three
-        pixels, so that it tells how far an outline is)."""
+        """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and, for
+        those, (T, 512) float, at 8 x 8 x 8 points of each the least alpha over the sample's views (smoothed over
+        three pixels, so that it tells how far an outline is)."""
         alpha = views.images[:, 3:].float()
-        smooth = F.pad(F.avg_pool2d(alpha, 3, stride=1, padding=1).flatten(1), (0, 1))
-        dilated = F.pad(F.max_pool2d(alpha, 9, stride=1, padding=4).flatten(1), (0, 1))  # the last pixel: outside
-        shape = (len(views.counts), *self.fine_probe.shape[:2])
-        hull, reach = torch.ones(shape, device=alpha.device), torch.ones(shape, device=alpha.device)
-        for n, (camera, b) in enumerate(zip(views.cameras, sample.tolist(), strict=True)):
-            pixels = self._pixels(camera, alpha.shape[-1])
-            hull[b] = torch.minimum(hull[b], smooth[n][pixels])
-            reach[b] = torch.minimum(reach[b], dilated[n][pixels])
+        smooth = F.pad(F.avg_pool2d(alpha, 3, stride=1, padding=1).flatten(1), (0, 1))  # the last pixel: outside
+        dilated = F.pad(F.max_pool2d(alpha, 9, stride=1, padding=4).flatten(1), (0, 1))
+        reach = torch.ones(len(views.counts), *self.coarse_probe.shape[:2], device=alpha.device)
+        owners = sample.tolist()
+        for n, (camera, b) in enumerate(zip(views.cameras, owners, strict=True)):
+            reach[b] = torch.minimum(reach[b], dilated[n][self._pixels(camera, alpha.shape[-1], self.coarse_probe)])
         active = (reach > 0.5).any(dim=2)
         active[~active.any(dim=1)] = True  # contradictory silhouettes: trust none of them
-        return active, hull
+        hulls = [torch.ones(int(count), HULL_POINTS**3, device=alpha.device) for count in active.sum(dim=1)]
+        for n, (camera, b) in enumerate(zip(views.cameras, owners, strict=True)):
+            pixels = self._pixels(camera, alpha.shape[-1], self.fine_probe)
+            hulls[b] = torch.minimum(hulls[b], smooth[n][pixels[active[b]]])
+        return active, torch.cat(hulls)
 
     @torch.no_grad()
-    def _pixels(self, camera: Camera, size: int) -> Tensor:
-        """(L, 64) number of the pixel in which each fine point of each block lies; S^2 for those outside the frame."""
-        key = (camera, size, self.probe.device)
+    def _pixels(self, camera: Camera, size: int, probe: Tensor) -> Tensor:
+        """(L, points) number of the pixel in which each point of each block lies; S^2 for those outside the frame."""
+        key = (camera, size, probe.shape, probe.device)
         if key not in self._projections:
-            ndc, _ = camera.project(self.fine_probe)
+            ndc, _ = camera.project(probe)
             column, row = ((ndc * ndc.new_tensor([1, -1]) + 1) / 2 * size).floor().long().unbind(-1)
             outside = (column < 0) | (row < 0) | (column >= size) | (row >= size)
             self._projections[key] = torch.where(outside, size * size, row * size + column)
@@ -300,18 +313,20 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     def predict_tokens(self, x_TC: Tensor, t: Tensor, cond: LiftedCondition) -> Tensor:
         """Clean latent tokens (T, C p^3) of the active blocks, from noisy ones; t (B,) in [0, 1000]."""
         place = cond.active.nonzero()[:, 1]
-        h = self.input_layer(x_TC) + self.pos_emb[place] + cond.lifted_TC
+        h = self.input_layer(x_TC) + self.pos_emb[place] + cond.lifted_TC + self.hull_layer(cond.hull_TD)
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))  # the residual stream is what a CPU waits for
         h = self.run_blocks(
             h[None], self.t_embedder(t), cond.context, lengths=cond.lengths, context_lengths=cond.context_lengths
         )
-        return self.head(h[0])
+        clean = self.head(h[0])
+        return clean if self.hull_gain is None else clean + self.hull_gain * cond.hull_TD
 
     def forward(self, x: Tensor, t: Tensor, cond: LiftedCondition) -> Tensor:  # type: ignore[override]
         """Velocity (B, C, R, R, R) at normalised latents x; t (B,) is the flow time times 1000."""
         noisy = self.to_tokens(x)
-        clean = self.empty_tokens.expand_as(noisy).clone()
+        empty = self.normalize(self.empty[None, :, None, None, None].expand_as(x))
+        clean = self.to_tokens(empty).clone()
         clean[cond.active] = self.predict_tokens(noisy[cond.active], t, cond).type(clean.dtype)
         time = (t / 1000).clamp_min(_MIN_TIME)[:, None, None]
         return self.to_grid((noisy - clean) / time)
