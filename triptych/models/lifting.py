@@ -239,7 +239,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
 
     @torch.no_grad()
     def hull_blocks(self, views: PosedViews, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and, for
+        """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and for
         those, (T, 512) float, at 8 x 8 x 8 points of each the least alpha over the sample's views (smoothed over
         three pixels, so that it tells how far an outline is)."""
         alpha = views.images[:, 3:].float()
