@@ -47,9 +47,9 @@ class StructureFlowConfig:
     encoder_channels: tuple[int, int] = (48, 96)
     encoder_blocks: tuple[int, int] = (2, 2)
     view_shares: tuple[float, float, float, float] = (0.25, 0.2, 0.15, 0.4)
-    drop_condition: float = 0.1
-    time_mean: float = 3.5  # of the logit; a field of many voxels needs more noise than a latent (TRELLIS: 1, 1)
-    time_std: float = 1.5
+    drop_condition: float = 0.05
+    time_mean: float = 7.0  # of the logit; many voxels tell of the whole through much noise (latents: 1 and 1)
+    time_std: float = 2.0
     min_weight_time: float = 0.3  # the velocity loss weighs a latent's error by 1 / t^2, from this time up
     softness: float = 0.4
     validation_objects: int = 48

@@ -262,10 +262,11 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         """(L, points) number of the pixel in which each point of each block lies; S^2 for those outside the frame."""
         key = (camera, size, probe.shape, probe.device)
         if key not in self._projections:
-            ndc, _ = camera.project(probe)
-            column, row = ((ndc * ndc.new_tensor([1, -1]) + 1) / 2 * size).floor().long().unbind(-1)
-            outside = (column < 0) | (row < 0) | (column >= size) | (row >= size)
-            self._projections[key] = torch.where(outside, size * size, row * size + column)
+            with torch.inference_mode(False), torch.autocast(probe.device.type, enabled=False):
+                ndc, _ = camera.project(probe)
+                column, row = ((ndc * ndc.new_tensor([1, -1]) + 1) / 2 * size).floor().long().unbind(-1)
+                outside = (column < 0) | (row < 0) | (column >= size) | (row >= size)
+                self._projections[key] = torch.where(outside, size * size, row * size + column)
         return self._projections[key]
 
     def _lift(self, views: PosedViews, sample: Tensor, active: Tensor, features: Tensor) -> Tensor:
@@ -291,7 +292,9 @@ class LiftedStructureFlow(SparseStructureFlowModel):
                 rows.append(torch.arange(start[b], start[b + 1], device=features.device))
             offset += len(members) * len(patterns)
         pixels = self.lift.from_pixels(torch.cat(found))
-        return self.lift(pixels[torch.cat(lookup)], torch.cat(geometry)[torch.cat(place)], torch.cat(rows), start[-1])
+        # An embedding, not an index: its gradient is summed in a fixed order.
+        pixels, seen_from = F.embedding(torch.cat(lookup), pixels), F.embedding(torch.cat(place), torch.cat(geometry))
+        return self.lift(pixels, seen_from, torch.cat(rows), start[-1])
 
     @torch.no_grad()
     def _projection(self, camera: Camera) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,13 +302,14 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         pattern of each block (L,), and its direction and depth (L, G)."""
         key = (camera, self.probe.device)
         if key not in self._projections:
-            ndc, depth = camera.project(self.probe)
-            grid = torch.round(ndc * ndc.new_tensor([1, -1]) * 4096) / 4096
-            patterns, pattern_of = torch.unique(grid.flatten(1), dim=0, return_inverse=True)
-            centre = torch.cat([ndc.mean(dim=1), (depth.mean(dim=1) - camera.radius)[:, None]], dim=-1)
-            direction = camera.rotation()[2].to(centre).expand(len(centre), 3)
-            seen_from = torch.cat([direction, _waves(centre)], dim=-1)
-            self._projections[key] = patterns.view(-1, *grid.shape[1:]), pattern_of, seen_from
+            with torch.inference_mode(False), torch.autocast(self.probe.device.type, enabled=False):
+                ndc, depth = camera.project(self.probe)
+                grid = torch.round(ndc * ndc.new_tensor([1, -1]) * 4096) / 4096
+                patterns, pattern_of = torch.unique(grid.flatten(1), dim=0, return_inverse=True)
+                centre = torch.cat([ndc.mean(dim=1), (depth.mean(dim=1) - camera.radius)[:, None]], dim=-1)
+                direction = camera.rotation()[2].to(centre).expand(len(centre), 3)
+                seen_from = torch.cat([direction, _waves(centre)], dim=-1)
+                self._projections[key] = patterns.view(-1, *grid.shape[1:]), pattern_of, seen_from
         return self._projections[key]
 
     # ---- velocity
