@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from tiny_bundle import make_tiny_bundle
+from tiny_bundle import make_field_bundle, make_tiny_bundle
 
 import triptych
 from triptych.cli import arguments, main
@@ -370,3 +370,14 @@ def test_the_module_runs_and_reports_by_its_exit_code(tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr == f"error: {tmp_path / 'none.obj'} does not exist: check the spelling and the folder\n"
+
+
+def test_views_with_a_bundle_without_decoder(pictures, tmp_path, capsys):
+    """The embedded bundle is of this kind: its flow's result is the field."""
+    make_field_bundle(tmp_path / "field")
+    code, stdout, stderr = run(
+        capsys, "views", pictures["front"], "-o", tmp_path / "out.ply", "--bundle", tmp_path / "field", "--quiet",
+        "--texture-size", 0, "--faces", 500, "--ensemble", 1,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    assert len(read_mesh(tmp_path / "out.ply").faces) == json.loads(stdout)["faces"] > 100

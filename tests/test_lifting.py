@@ -129,3 +129,37 @@ def test_wrong_sizes_are_named(flow):
         flow.condition(PosedViews(torch.rand(1, 4, 32, 32), (RIG[0],), (1,)))
     with pytest.raises(ValueError, match=r"2 images, 1 cameras"):
         PosedViews(torch.rand(2, 4, 64, 64), (RIG[0],), (1,))
+
+
+def test_low_precision_does_not_move_the_pixels():
+    """Under autocast the places that tokens look at, and the hull they find there, stay exact."""
+    from dataclasses import replace
+
+    config = {
+        "resolution": 8, "in_channels": 4, "out_channels": 4, "model_channels": 48, "cond_channels": 48, "num_heads": 4,
+        "num_blocks": 1, "patch_size": 2, "image_size": 64, "encoder_channels": (16, 24), "encoder_blocks": (1, 1),
+    }  # fmt: skip
+    camera = replace(RIG[0], azimuth_deg=33.0)
+    views = PosedViews(pictures(1, half=20), (camera,), (1,))
+    exact = LiftedStructureFlow(**config).condition(views)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = LiftedStructureFlow(**config).condition(views)
+    assert torch.equal(exact.active, rough.active)
+    assert torch.equal(exact.hull_TD, rough.hull_TD)
+
+
+def test_the_hull_is_added_to_a_field():
+    """A fresh flow with hull_skip predicts half the hull, and emptiness where the silhouettes rule the block out."""
+    torch.manual_seed(0)
+    flow = LiftedStructureFlow(
+        resolution=32, in_channels=1, out_channels=1, model_channels=48, cond_channels=48, num_blocks=1, num_heads=4,
+        patch_size=8, image_size=64, encoder_channels=(16, 24), encoder_blocks=(1, 1), hull_skip=True,
+    )  # fmt: skip
+    flow.set_latent_statistics(torch.zeros(1), torch.ones(1), -torch.ones(1))
+    images = pictures(4, half=8)  # a cube 16 of 64 pixels wide
+    cond = flow.condition(PosedViews(images, tuple(RIG), (4,)))
+    noise = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    field = (noise - flow(noise, torch.tensor([1000.0]), cond)).detach()[0, 0]
+    assert field[16, 16, 16] == pytest.approx(0.5, abs=1e-5) and field[0, 0, 0] == -1
+    side = (field[:, 16, 16] > 0).sum().item() / 32
+    assert side == pytest.approx(16 / 64 / 0.85, abs=2 / 32)

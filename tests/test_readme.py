@@ -111,7 +111,7 @@ def test_recipes_named_in_the_readme_exist():
     from trainer.recipes import build_recipe
 
     names = [words[4] for words in commands(ROOT / "README.md") if words[2:4] == ["trainer", "train"]]
-    assert names == ["structure_vae_tiny", "structure_flow_tiny"]
+    assert names == ["structure_flow_tiny"]
     for name in names:
         assert build_recipe(name).task in name
 

@@ -18,6 +18,20 @@ DECODER = {
 }  # fmt: skip
 
 
+FIELD_FLOW = FLOW | {"resolution": 64, "in_channels": 1, "out_channels": 1, "patch_size": 8, "hull_skip": True}
+
+
+def make_field_bundle(folder: Path, **facts) -> Manifest:
+    """A bundle as the embedded one: a flow on the field, which here says that all is solid."""
+    torch.manual_seed(0)
+    flow = LiftedStructureFlow(**FIELD_FLOW)
+    flow.empty.fill_(-1)
+    torch.nn.init.constant_(flow.out_layer.bias, 1.5)
+    modules = {"structure_flow": (flow, FIELD_FLOW)}
+    facts = {"sampling": {"steps": 1, "voxels_per_unit": 2.0}, **facts}
+    return write_bundle(folder, modules, name="field-random", licence="Apache-2.0", **facts)
+
+
 def make_tiny_bundle(folder: Path, **facts) -> Manifest:
     """Writes the bundle. Its decoder calls everything solid, so that the result is what the silhouettes leave."""
     torch.manual_seed(0)

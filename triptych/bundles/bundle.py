@@ -55,7 +55,7 @@ def load_bundle(name: str | Path | None = None, search: Sequence[Path] = ()) -> 
     Raises TriptychError with the places that were looked at.
     """
     if name is None:
-        name = EMBEDDED
+        return Bundle(_WEIGHTS / EMBEDDED)
     places = [Path(name), *(Path(folder) / name for folder in search), _WEIGHTS / name]
     for place in places:
         if (place / MANIFEST).is_file():
@@ -75,5 +75,7 @@ def _download(repository: str) -> Path:
         raise TriptychError(f"{repository} is no local bundle, and huggingface_hub is missing to fetch it") from error
     try:
         return Path(snapshot_download(repository, allow_patterns=[MANIFEST, "*.safetensors", "*.md"]))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise TriptychError(f"the bundle {repository} could not be fetched ({error}): give a local folder") from error
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise TriptychError(
+            f"no local bundle {repository!r}, and none could be fetched by that name ({error}): give a local folder"
+        ) from error

@@ -28,5 +28,5 @@ def build_component(class_name: str, config: dict[str, Any]) -> nn.Module:
     cls = getattr(import_module(f"...{path}", __name__), class_name)
     try:
         return cls(**config)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError, MemoryError) as error:
         raise TriptychError(f"the bundle's config does not fit {class_name}: {error}") from error

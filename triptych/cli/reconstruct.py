@@ -17,7 +17,6 @@ from .output import Export, free_number
 from .report import Progress, heard_warnings, to_json, warn, write_summary
 
 if TYPE_CHECKING:
-    from ..bundles.bundle import Bundle
     from ..geometry.mesh import Mesh
 
 TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
@@ -136,7 +135,7 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
     with heard_warnings() as heard, Export(wanted.folder, overwrite=args.overwrite) as export:
         from ..bundles.bundle import load_bundle
         from ..images.views import prepare_views
-        from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views
+        from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views, networks
 
         device = _device(args.device)
         bundle = load_bundle(args.bundle)
@@ -146,7 +145,7 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
                 pictures, labels, name = _read_views(args, wanted.sample)
                 view_set = prepare_views(dict(pictures.items()), size=VIEW_SIZE, foreground=args.foreground)
             with clock.stage("load", 0.1, _PIPELINE[0]):
-                _load_networks(bundle)
+                networks(bundle)  # loads, and so checks, what the main job uses
             settings = Settings(
                 seed=args.seed,
                 steps=args.steps,
@@ -180,12 +179,6 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         if args.json is not None:
             write_summary(summary, args.json)
         return summary
-
-
-def _load_networks(bundle: Bundle) -> None:
-    """Loads, and so checks, what the main job uses, before it is timed."""
-    for component in ("structure_flow", "structure_decoder"):
-        bundle.network(component)
 
 
 def _device(choice: str) -> str:

@@ -109,20 +109,14 @@ def structure_from_views(
     step(fraction) is called after each sampling step.
     """
     settings = _resolved(settings, bundle)
-    flow = bundle.network("structure_flow")
-    if not isinstance(flow, LiftedStructureFlow):
-        raise TriptychError(
-            f"the bundle {bundle.name} was not trained for posed views ({type(flow).__name__}): "
-            "choose one with a LiftedStructureFlow, such as triptych-tiny"
-        )
-    flow = flow.to(device)
-    decoder = bundle.network("structure_decoder").to(device) if bundle.has("structure_decoder") else torch.nn.Identity()
+    flow, decoder = networks(bundle)
+    flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
     posed = _posed(_resize(views.images, flow.image_size).to(device), views.cameras, poses)
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)
-    low_precision = torch.autocast(torch.device(device).type, torch.bfloat16)
+    low_precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=_has_fast_bfloat16(device))
     steps, guidance = settings.steps or DEFAULT_STEPS, settings.guidance or 0.0
     with torch.inference_mode(), low_precision:
         cond = flow.condition(posed)
@@ -143,8 +137,37 @@ def structure_from_views(
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
     field = np.mean(upright, axis=0) * _number(bundle, "voxels_per_unit", 1.0)
     if settings.keep_silhouettes:
-        field = np.minimum(field, hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field)))
+        allowed = hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field))
+        if not (allowed > 0).any():
+            raise TriptychError(
+                "the outlines contradict each other, no point lies inside all of them: check which view is which side"
+            )
+        field = np.minimum(field, allowed)
     return field.astype(np.float32)
+
+
+def networks(bundle: Bundle) -> tuple[LiftedStructureFlow, torch.nn.Module]:
+    """The flow of a bundle and what turns its result into a field: the structure decoder, or nothing to do.
+
+    Raises TriptychError when the bundle was not made for posed views, lacks a part, or lies in another frame.
+    """
+    flow, manifest = bundle.network("structure_flow"), bundle.manifest
+    if not isinstance(flow, LiftedStructureFlow):
+        raise TriptychError(
+            f"the bundle {bundle.name} was not trained for posed views ({type(flow).__name__}): "
+            "choose one with a LiftedStructureFlow, such as triptych-tiny"
+        )
+    if (manifest.up, manifest.front) != ("+Y", "+Z"):
+        raise TriptychError(
+            f"the bundle {bundle.name} has {manifest.up} up and {manifest.front} in front: only +Y, +Z are read yet"
+        )
+    is_field = flow.in_channels == 1 and not bundle.has("structure_decoder")
+    return flow, torch.nn.Identity() if is_field else bundle.network("structure_decoder")
+
+
+def _has_fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether bfloat16 is worth it: processors without instructions for it emulate them."""
+    return torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def surface_from_field(field: np.ndarray, target_faces: int = 0) -> Mesh:
