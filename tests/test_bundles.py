@@ -105,7 +105,7 @@ def test_a_hub_id_is_fetched_without_code_and_verified_like_any_other(folder, mo
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     assert load_bundle("owner/tiny").name == "tiny-random"
     assert asked == [("owner/tiny", {"allow_patterns": [MANIFEST, "*.safetensors", "*.md"]})]
-    with pytest.raises(TriptychError, match=r"nobody/nothing could not be fetched \(404\)"):
+    with pytest.raises(TriptychError, match=r"'nobody/nothing', and none could be fetched by that name \(404\)"):
         load_bundle("nobody/nothing")
     with pytest.raises(TriptychError, match="no bundle './tiny' found"):  # a path that is not there is no hub id
         load_bundle("./tiny")

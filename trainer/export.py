@@ -18,6 +18,15 @@ VIEW_RIG = {
 }
 
 
+def without_places(value: Any) -> Any:
+    """The same JSON value with absolute paths cut to their last name: where a run lay is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_places(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_places(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
 def write_components(
     folder: Path,
     modules: dict[str, tuple[nn.Module, dict[str, Any]]],
@@ -35,5 +44,5 @@ def write_components(
         dtype=dtype,
         view_rig=VIEW_RIG,
         sampling=sampling or {},
-        provenance=provenance,
+        provenance=without_places(provenance),
     )

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from triptych.geometry.files import write_files
+
 QUALITY_MARKS = ("<!-- quality -->", "<!-- /quality -->")
 
 
@@ -48,7 +50,7 @@ def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dic
         *_credits(records),
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_files(folder, {"README.md": "\n".join(lines).encode()})
 
 
 def fill_quality(card: Path, text: str) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ..errors import TriptychError
+from ..geometry.files import write_files
 from .components import build_component
 
 FORMAT = 1
@@ -81,34 +81,29 @@ def write_bundle(
     dtype: str = "bfloat16",
     **facts: Any,
 ) -> Manifest:
-    """Writes ``modules`` (component name -> network, constructor arguments) and the manifest, the manifest last.
+    """Writes ``modules`` (component name -> network, constructor arguments) and the manifest: all of it or nothing.
 
     dtype: of matrices, kernels and tables; vectors stay float32. facts: further fields of Manifest.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    components = {}
+    components, files = {}, {}
     for key, (module, config) in modules.items():
         tensors = {
             k: v.detach().cpu().to(_LOW[dtype] if v.is_floating_point() and v.dim() > 1 else v.dtype).contiguous()
             for k, v in module.state_dict().items()
         }
-        path = folder / f"{key}.safetensors"
-        temporary = path.with_name(path.name + ".part")
-        save_file(tensors, str(temporary), metadata={"format": "pt"})
-        os.replace(temporary, path)
+        file = f"{key}.safetensors"
+        files[file] = save(tensors, metadata={"format": "pt"})
         components[key] = Component(
             class_name=type(module).__name__,
             config=config,
-            file=path.name,
-            sha256=file_sha256(path),
-            bytes=path.stat().st_size,
+            file=file,
+            sha256=hashlib.sha256(files[file]).hexdigest(),
+            bytes=len(files[file]),
             dtype=dtype,
             tensors={k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in sorted(tensors.items())},
         )
     manifest = Manifest(name=name, licence=licence, components=components, **facts)
-    temporary = folder / (MANIFEST + ".part")
-    temporary.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_files(folder, files | {MANIFEST: (json.dumps(asdict(manifest), indent=1) + "\n").encode()})
     return manifest
 
 
