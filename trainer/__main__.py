@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: the operating system says it best
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{place}: nothing that was saved is lost", file=sys.stderr)
+    except MemoryError:
+        print("error: out of memory; use a smaller batch_size (with --set) or more accumulation", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted; what was saved before is intact", file=sys.stderr)
         return 130
