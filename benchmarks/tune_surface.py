@@ -3,7 +3,7 @@
     python -m benchmarks.tune_surface --bundle DIR --data PREPARED [--limit 24] [--steps 1]
 
 Evaluation scans are not touched. For each held-out object of the prepared data its four stored views are lit, the
-field is predicted once, and every choice of smoothing (voxels) and level is scored by Chamfer distance to the isosurface
+field is predicted once, every choice of smoothing (voxels) and level scored by Chamfer distance to the isosurface
 of the object's own solid. Prints the table; the best goes into ``sampling`` of the export (trainer/tasks).
 """
 
