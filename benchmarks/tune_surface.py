@@ -27,7 +27,7 @@ from triptych.geometry.voxels import hull_field
 from triptych.images.views import ViewSet
 from triptych.pipelines.reconstruct import Settings, structure_from_views, surface_from_field
 
-SMOOTHINGS, LEVELS = (0.0, 0.7, 1.0, 1.5), (0.0, -0.2, -0.4, -0.7)
+SMOOTHINGS, LEVELS = (0.0, 0.5, 0.8, 1.2), (0.0, -0.4, -0.7, -1.0, -1.3, -1.6)
 
 
 def main() -> None:
