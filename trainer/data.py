@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera
+from triptych.geometry.voxels import turn_volume
 
 
 class PreparedData:
@@ -60,11 +61,11 @@ def quarter_turn(sample: dict[str, np.ndarray], turns: int) -> dict[str, np.ndar
     turns %= 4
     if turns == 0:
         return sample
-    volume, normal = sample["sdf"], np.roll(sample["normal"], turns, axis=0)
+    normal = np.roll(sample["normal"], turns, axis=0)
     for _ in range(turns):
-        volume = volume.transpose(2, 1, 0)[:, :, ::-1]
         normal = np.stack([normal[..., 2], normal[..., 1], 255 - normal[..., 0]], axis=-1)
-    return {"albedo": np.roll(sample["albedo"], turns, axis=0), "normal": normal, "sdf": volume}
+    turned = turn_volume(sample["sdf"], turns)
+    return {"albedo": np.roll(sample["albedo"], turns, axis=0), "normal": normal, "sdf": turned}
 
 
 def mirrored(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -42,13 +42,22 @@ class StructureVae(nn.Module):
 
     def __init__(self, config: StructureVaeConfig) -> None:
         super().__init__()
-        shared: dict[str, Any] = {
-            "latent_channels": config.latent_channels,
-            "num_res_blocks": config.num_res_blocks,
-            "num_res_blocks_middle": config.num_res_blocks_middle,
-        }
-        self.encoder = SparseStructureEncoder(in_channels=1, channels=list(config.encoder_channels), **shared)
-        self.decoder = SparseStructureDecoder(out_channels=1, channels=list(config.decoder_channels), **shared)
+        encoder, decoder = network_configs(config)
+        self.encoder = SparseStructureEncoder(**encoder)
+        self.decoder = SparseStructureDecoder(**decoder)
+
+
+def network_configs(config: StructureVaeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constructor arguments of encoder and decoder, as a bundle keeps them."""
+    shared = {
+        "latent_channels": config.latent_channels,
+        "num_res_blocks": config.num_res_blocks,
+        "num_res_blocks_middle": config.num_res_blocks_middle,
+    }
+    return (
+        {"in_channels": 1, "channels": list(config.encoder_channels)} | shared,
+        {"out_channels": 1, "channels": list(config.decoder_channels)} | shared,
+    )
 
 
 def symmetric(volume: np.ndarray, number: int) -> np.ndarray:
@@ -136,26 +145,9 @@ class StructureVaeTask:
         from trainer.export import write_components
         from trainer.model_card import write_model_card
 
-        config = self.config
-        shared = {
-            "latent_channels": config.latent_channels,
-            "num_res_blocks": config.num_res_blocks,
-            "num_res_blocks_middle": config.num_res_blocks_middle,
-        }
-        write_components(
-            folder,
-            {
-                "structure_encoder": (
-                    model.encoder,
-                    {"in_channels": 1, "channels": list(config.encoder_channels)} | shared,
-                ),
-                "structure_decoder": (
-                    model.decoder,
-                    {"out_channels": 1, "channels": list(config.decoder_channels)} | shared,
-                ),
-            },
-            provenance,
-        )
+        encoder, decoder = network_configs(self.config)
+        modules = {"structure_encoder": (model.encoder, encoder), "structure_decoder": (model.decoder, decoder)}
+        write_components(folder, modules, provenance)
         write_model_card(folder, provenance, self.data.records)
 
 

@@ -166,6 +166,13 @@ def fill_interior(surface: np.ndarray) -> np.ndarray:
 # --- visual hull ------------------------------------------------------------------------------------------------------
 
 
+def turn_volume(volume: np.ndarray, turns: int) -> np.ndarray:
+    """A (R, R, R) volume indexed [x, y, z], turned by ``turns`` quarters about +Y, front towards the left; a view."""
+    for _ in range(turns % 4):
+        volume = volume.transpose(2, 1, 0)[:, :, ::-1]
+    return volume
+
+
 @overload
 def visual_hull(masks: np.ndarray, cameras: Sequence[Camera], resolution: int = 64) -> np.ndarray: ...
 @overload

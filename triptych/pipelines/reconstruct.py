@@ -26,7 +26,7 @@ from ..geometry.cameras import Camera
 from ..geometry.cleanup import decimate, keep_components, smooth
 from ..geometry.isosurface import isosurface
 from ..geometry.mesh import Mesh
-from ..geometry.voxels import hull_field
+from ..geometry.voxels import hull_field, turn_volume
 from ..images.views import ViewSet
 from ..models.lifting import LiftedStructureFlow, PosedViews
 from ..render.texture import colour_from_views
@@ -198,8 +198,7 @@ def _posed(images: torch.Tensor, cameras: Sequence[Camera], poses: Sequence[tupl
 
 def _restore(volume: np.ndarray, turns: int, mirror: bool) -> np.ndarray:
     """A (R, R, R) volume of the object in a pose -> of the object itself."""
-    for _ in range(-turns % 4):
-        volume = volume.transpose(2, 1, 0)[:, :, ::-1]
+    volume = turn_volume(volume, -turns)
     return volume[::-1] if mirror else volume
 
 
