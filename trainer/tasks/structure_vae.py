@@ -146,8 +146,11 @@ class StructureVaeTask:
         from trainer.model_card import write_model_card
 
         encoder, decoder = network_configs(self.config)
-        modules = {"structure_encoder": (model.encoder, encoder), "structure_decoder": (model.decoder, decoder)}
-        write_components(folder, modules, provenance)
+        write_components(
+            folder,
+            {"structure_encoder": (model.encoder, encoder), "structure_decoder": (model.decoder, decoder)},
+            provenance,
+        )
         write_model_card(folder, provenance, self.data.records)
 
 
