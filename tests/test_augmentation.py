@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 from trainer.data import mirrored, quarter_turn, relight, soft_occupancy
 from trainer.prepare.build import SDF_BAND, BuildOptions, _sample, turned
+from trainer.tasks.structure_flow import camera_normals, normal_error
+from triptych.geometry.mesh import Mesh
 from triptych.procedural import sample_object
 
 OPTIONS = BuildOptions(resolution=32, view_size=48, yaws=1)
@@ -101,6 +104,23 @@ def test_relighting_shades_by_the_normal(sample):
         for seed in range(30)
     ]
     assert np.mean(np.array(spread) > 0.02) > 0.7
+
+
+def test_camera_normals_are_the_same_for_every_camera():
+    """A ball looks alike from everywhere: its directions in the cameras' frames do too, and they face the camera."""
+    sphere = trimesh.creation.icosphere(subdivisions=4, radius=0.5)
+    ball = Mesh(vertices=np.float32(sphere.vertices), faces=np.int32(sphere.faces))
+    made = _sample(ball, OPTIONS)
+    seen = camera_normals(made["normal"], made["albedo"][..., 3], [0, 1, 2, 3]).float()
+    assert seen.shape == (4, 4, 12, 12)
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], atol=0.03, rtol=0)
+    covered = seen[0, 3] > 0.99
+    assert seen[0, 2][covered].min() > 0.3 and covered.sum() > 40
+    right, up = seen[0, 0], seen[0, 1]
+    assert right[6, 9] > 0.3 and right[6, 2] < -0.3 and up[2, 6] > 0.3 and up[9, 6] < -0.3
+    assert normal_error(seen[:, :3], seen) == 0
+    assert normal_error(-seen[:, :3], seen) > 0.5
 
 
 def test_soft_occupancy_is_a_sigmoid_of_the_distance():

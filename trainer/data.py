@@ -48,6 +48,38 @@ class PreparedData:
         return _open(str(self.folder / "shards" / f"{shard}.safetensors")).get_slice("sdf")[row]
 
 
+class JoinedData:
+    """One split of several prepared folders, one after the other; the first one's options hold for all."""
+
+    def __init__(self, folders: Sequence[str | Path], split: str = "train") -> None:
+        self.parts = [PreparedData(folder, split) for folder in folders]
+        self.options = self.parts[0].options
+        for part in self.parts[1:]:
+            for key in ("resolution", "view_size", "sdf_band"):
+                if part.options[key] != self.options[key]:
+                    raise TriptychError(
+                        f"{part.folder} was prepared with {key} {part.options[key]}, {self.parts[0].folder} with "
+                        f"{self.options[key]}: prepare both alike"
+                    )
+        self.records = [record for part in self.parts for record in part.records]
+        self._ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _locate(self, index: int) -> tuple[PreparedData, int]:
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[place], index - int(self._ends[place]) + len(self.parts[place])
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        part, own = self._locate(index)
+        return part[own]
+
+    def field(self, index: int) -> np.ndarray:
+        part, own = self._locate(index)
+        return part.field(own)
+
+
 @lru_cache(maxsize=1024)
 def _open(path: str):
     return safe_open(path, framework="numpy")

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data import PreparedData, mirrored, quarter_turn, relight, soft_occupancy
+from trainer.data import JoinedData, PreparedData, mirrored, quarter_turn, relight, soft_occupancy
 from trainer.tasks.structure_vae import field_sheet, solid_iou
 from triptych.bundles.bundle import load_bundle
 from triptych.errors import TriptychError
@@ -34,10 +35,13 @@ _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 
 @dataclass(frozen=True)
 class StructureFlowConfig:
-    """data: a prepared folder. vae: folder that the structure_vae task exported, None for the field. view_shares: how
-    often a sample has 1, 2, 3 and 4 views. drop_condition: share of samples without pictures, for guidance."""
+    """data: a prepared folder. extra_data: further ones to train on; validation stays with the first. vae: folder that
+    the structure_vae task exported, None for the field. view_shares: how often a sample has 1, 2, 3 and 4 views.
+    drop_condition: share of samples without pictures, for guidance. normal_weight: of the loss of the view encoder's
+    surface directions, 0 for an encoder without them."""
 
     data: str
+    extra_data: tuple[str, ...] = ()
     vae: str | None = None
     model_channels: int = 256
     num_blocks: int = 4
@@ -52,6 +56,7 @@ class StructureFlowConfig:
     time_std: float = 2.0
     min_weight_time: float = 0.3  # the velocity loss weighs a latent's error by 1 / t^2, from this time up
     softness: float = 0.4
+    normal_weight: float = 0.2
     validation_objects: int = 48
 
 
@@ -94,10 +99,11 @@ class StructureFlowTask:
             "encoder_channels": list(config.encoder_channels),
             "encoder_blocks": list(config.encoder_blocks),
             "hull_skip": not config.vae and resolution == 64,
+            "normal_head": config.normal_weight > 0,
         }
 
     def build_model(self) -> nn.Module:
-        data = PreparedData(self.config.data, "train")
+        data = self._training_data()
         if not self.config.vae:
             model = LiftedStructureFlow(**self.flow_config(1, int(data.options["resolution"])))
             model.set_latent_statistics(torch.zeros(1), torch.ones(1), -torch.ones(1))
@@ -118,9 +124,12 @@ class StructureFlowTask:
         model.set_latent_statistics(chosen.mean(dim=0), chosen.std(dim=0), empty)
         return model
 
+    def _training_data(self) -> JoinedData:
+        return JoinedData((self.config.data, *self.config.extra_data))
+
     def setup(self, device: torch.device) -> None:
         self.device = device
-        self.data = PreparedData(self.config.data, "train")
+        self.data = self._training_data()
         resolution = int(self.data.options["resolution"])
         self.latent_shape: tuple[int, ...] = (1, *[resolution] * 3)
         if self.config.vae:
@@ -157,6 +166,7 @@ class StructureFlowTask:
         return {
             "images": (pictures * 255 + 0.5).to(torch.uint8),
             "views": torch.from_numpy(views),
+            "normals": camera_normals(item["normal"], item["albedo"][..., 3], views.tolist()),
             "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
             "noise": torch.from_numpy(generator.standard_normal(self.latent_shape, dtype=np.float32)),
             "time": time,
@@ -166,6 +176,8 @@ class StructureFlowTask:
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: torch.stack([s[key] for s in samples]) for key in ("sdf", "noise", "time", "drop")}
         batch["images"] = torch.cat([s["images"] for s in samples])
+        if "normals" in samples[0]:
+            batch["normals"] = torch.cat([s["normals"] for s in samples])
         batch["views"] = torch.cat([s["views"] for s in samples])
         batch["counts"] = torch.tensor([len(s["views"]) for s in samples])
         return batch
@@ -183,12 +195,18 @@ class StructureFlowTask:
         with torch.no_grad():
             x_0 = model.normalize(self._encode(batch["sdf"]))
         x_t = model.to_tokens(interpolate(x_0, batch["noise"], batch["time"]))
-        cond = drop_some(model.condition(self.posed(batch)), batch["drop"])
+        seen = model.condition(self.posed(batch))
+        cond = drop_some(seen, batch["drop"])
         clean = model.predict_tokens(x_t[cond.active], 1000 * batch["time"], cond)
         error = (clean.float() - model.to_tokens(x_0)[cond.active]).square().mean(dim=-1)
         error = torch.stack([part.mean() for part in error.split(cond.lengths)])
         weight = batch["time"].clamp_min(self.config.min_weight_time) ** -2
-        return (error * weight).mean(), {"latent_error": error.detach().mean(), "active": cond.active.float().mean()}
+        loss = (error * weight).mean()
+        logged = {"latent_error": error.detach().mean(), "active": cond.active.float().mean()}
+        if seen.normals is not None:
+            wrong = normal_error(seen.normals.float(), batch["normals"])
+            loss, logged["normal_error"] = loss + self.config.normal_weight * wrong, wrong.detach()
+        return loss, logged
 
     def _encode(self, sdf: Tensor) -> Tensor:
         if not self.config.vae:
@@ -264,6 +282,24 @@ class StructureFlowTask:
             sampling = {"steps": 4, "rescale_t": 3.0, "voxels_per_unit": self.config.softness}
         write_components(folder, components, provenance, sampling=sampling)
         write_model_card(folder, provenance, self.data.records)
+
+
+def camera_normals(normal: np.ndarray, alpha: np.ndarray, views: list[int]) -> Tensor:
+    """World normals of the rig's views (4, S, S, 3) bytes and their alpha (4, S, S) bytes -> (V, 4, S/4, S/4) float16:
+    mean directions in each camera's frame, -1 to 1, and the share of each 4 x 4 pixels that the object covers."""
+    world = torch.from_numpy(np.ascontiguousarray(normal[views])).float() * (2 / 255) - 1
+    cover = torch.from_numpy(np.ascontiguousarray(alpha[views])).float()[:, None] / 255
+    rotation = torch.stack([_RIG[i].rotation() for i in views])
+    seen = torch.einsum("vij,vhwj->vihw", rotation, world)
+    share = F.avg_pool2d(cover, 4)
+    mean = F.avg_pool2d(seen * cover, 4) / share.clamp_min(1e-3)
+    return torch.cat([mean, share], dim=1).half()
+
+
+def normal_error(found: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference over the pixels that the object covers; found (N, 3, s, s), target (N, 4, s, s)."""
+    weight = target[:, 3:].float()
+    return ((found - target[:, :3].float()).abs() * weight).sum() / (3 * weight.sum()).clamp_min(1.0)
 
 
 def drop_some(cond: LiftedCondition, drop: Tensor) -> LiftedCondition:

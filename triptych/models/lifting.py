@@ -54,7 +54,8 @@ class LiftedCondition:
 
     active: (B, L) bool, blocks that the silhouettes allow. lengths: active tokens of each sample.
     lifted_TC: features of the active tokens; hull_TD: the visual hull in their blocks, -1 to 1. context:
-    (1, image tokens of all samples, Cc); context_lengths.
+    (1, image tokens of all samples, Cc); context_lengths. normals: (N, 3, S/4, S/4), each view's surface directions in
+    its camera's frame as the encoder sees them, for a training loss; None without a normal head.
     """
 
     active: Tensor
@@ -63,6 +64,7 @@ class LiftedCondition:
     hull_TD: Tensor
     context: Tensor
     context_lengths: tuple[int, ...]
+    normals: Tensor | None = None
 
     def null(self) -> LiftedCondition:
         """The unconditional twin for guidance: same active tokens, no picture."""
@@ -156,6 +158,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     encoder_channels, encoder_blocks: widths and residual blocks of the view encoder at stride 4 and 8.
     image_size: S of the views. Images of another size are a ValueError. hull_skip: for a flow on a field in blocks of
     8^3, the visual hull is added to the prediction: the network learns where the object is less than its hull.
+    normal_head: the view encoder's features also say which way the surface faces. Only training asks: every pixel
+    teaches shape from shading, long before the voxels do.
     """
 
     def __init__(
@@ -165,6 +169,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         encoder_channels: tuple[int, int] = (64, 128),
         encoder_blocks: tuple[int, int] = (2, 2),
         hull_skip: bool = False,
+        normal_head: bool = False,
         **flow,
     ) -> None:
         super().__init__(**flow)
@@ -180,6 +185,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         if hull_skip and (self.in_channels != 1 or self.patch_size != HULL_POINTS):
             raise ValueError(f"hull_skip needs a field in blocks of {HULL_POINTS}^3, not patches of {self.patch_size}")
         self.hull_gain = nn.Parameter(torch.tensor([0.5])) if hull_skip else None
+        self.normal_head = nn.Conv2d(coarse, 3 * 4, 1) if normal_head else None
         self.register_buffer("latent_mean", torch.zeros(self.in_channels))
         self.register_buffer("latent_std", torch.ones(self.in_channels))
         self.register_buffer("empty", torch.zeros(self.in_channels))
@@ -235,7 +241,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
         lengths = tuple(active.sum(dim=1).tolist())
         context_lengths = tuple(count * context.shape[1] for count in views.counts)
-        return LiftedCondition(active, lengths, lifted, hull, context.flatten(0, 1)[None], context_lengths)
+        normals = None if self.normal_head is None else F.pixel_shuffle(self.normal_head(features), 2)
+        return LiftedCondition(active, lengths, lifted, hull, context.flatten(0, 1)[None], context_lengths, normals)
 
     @torch.no_grad()
     def hull_blocks(self, views: PosedViews, sample: Tensor) -> tuple[Tensor, Tensor]:
