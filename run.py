@@ -24,7 +24,7 @@ usage: python run.py demo [IMAGE ...] [--front F] [--left L] [--back B] [--right
            pictures of one object -> textured OBJ, GLB, turntable and viewer.html in DIR (default: out);
            without pictures, views of a small sample object
        python run.py test [pytest arguments]      lint, types and tests; with arguments, only pytest
-       python run.py views|convert|render|inspect|compare ...   the same as python -m triptych ...
+       python run.py views|convert|render|inspect|compare|parity ...   the same as python -m triptych ...
        python run.py trainer ...                  the same as python -m trainer ...
        python run.py clean                        removes .venv
 
@@ -35,7 +35,7 @@ TORCH_TESTED = "torch==2.13.0"
 TORCH_ANY = "torch>=2.4"
 STAMP = "triptych-stamp.json"
 LOG = "triptych-install.log"
-LIBRARY_COMMANDS = ("demo", "views", "convert", "render", "inspect", "compare")
+LIBRARY_COMMANDS = ("demo", "views", "convert", "render", "inspect", "compare", "parity")
 
 # What to do about a failed installation, by what its log says.
 REMEDIES = (

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import sys
-import types
 
 import pytest
 import torch
@@ -85,31 +83,6 @@ def test_a_bundle_is_found_by_folder_search_folder_or_as_the_embedded_one(folder
         load_bundle("nowhere", search=[tmp_path / "a"])
     for place in (tmp_path / "a" / "nowhere", folder.parent / "nowhere"):
         assert str(place) in str(caught.value)
-
-
-def test_a_hub_id_is_fetched_without_code_and_verified_like_any_other(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-    hub, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
-    for name in ("HfHubHTTPError", "LocalEntryNotFoundError", "RepositoryNotFoundError"):
-        setattr(errors, name, type(name, (Exception,), {}))
-
-    def snapshot_download(repository, **options):
-        asked.append((repository, options))
-        if repository == "nobody/nothing":
-            raise errors.RepositoryNotFoundError("404")
-        return str(folder)
-
-    hub.snapshot_download = snapshot_download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    assert load_bundle("owner/tiny").name == "tiny-random"
-    assert asked == [("owner/tiny", {"allow_patterns": [MANIFEST, "*.safetensors", "*.md"]})]
-    with pytest.raises(TriptychError, match=r"'nobody/nothing', and none could be fetched by that name \(404\)"):
-        load_bundle("nobody/nothing")
-    with pytest.raises(TriptychError, match="no bundle './tiny' found"):  # a path that is not there is no hub id
-        load_bundle("./tiny")
-    assert len(asked) == 2
 
 
 class _Boom:

@@ -1,4 +1,4 @@
-"""python -m trainer {prepare, train, resume, evaluate, export}.
+"""python -m trainer {prepare, structure, predict, primitives, train, resume, evaluate, export}.
 
 Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
 (one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
@@ -86,6 +86,24 @@ def _prepare(args: argparse.Namespace) -> int:
     return int(prepare(args) or 0)
 
 
+def _structure(args: argparse.Namespace) -> int:
+    from trainer.prepare.structured import main as structure
+
+    return structure(args)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from trainer.prepare.predicted import main as predict
+
+    return predict(args)
+
+
+def _primitives(args: argparse.Namespace) -> int:
+    from trainer.prepare.primitives import main as primitives
+
+    return primitives(args)
+
+
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"  # the launcher sets it; accelerate is not loaded yet
 
@@ -105,6 +123,27 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         from trainer.prepare.run import add_arguments
 
         add_arguments(prepare)
+
+    structure = commands.add_parser("structure", help="add the second stage's arrays to a prepared folder")
+    structure.set_defaults(command=_structure)
+    if "structure" in arguments[:1]:
+        from trainer.prepare.structured import add_arguments as add_structure_arguments
+
+        add_structure_arguments(structure)
+
+    predict = commands.add_parser("predict", help="add what a first stage makes of the structured samples")
+    predict.set_defaults(command=_predict)
+    if "predict" in arguments[:1]:
+        from trainer.prepare.predicted import add_arguments as add_predict_arguments
+
+        add_predict_arguments(predict)
+
+    primitives = commands.add_parser("primitives", help="write procedural objects to prepare and train on")
+    primitives.set_defaults(command=_primitives)
+    if "primitives" in arguments[:1]:
+        from trainer.prepare.primitives import add_arguments as add_primitive_arguments
+
+        add_primitive_arguments(primitives)
 
     train = commands.add_parser("train", help="train a recipe, or go on with the same run")
     train.add_argument("recipe", help="a recipe's name, or module:function")

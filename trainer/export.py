@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def without_places(value: Any) -> Any:
 
 def write_components(
     folder: Path,
-    modules: dict[str, tuple[nn.Module, dict[str, Any]]],
+    modules: Mapping[str, tuple[nn.Module, dict[str, Any]]],
     provenance: dict[str, Any],
     *,
     sampling: dict[str, Any] | None = None,

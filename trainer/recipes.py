@@ -13,7 +13,11 @@ from trainer.names import import_named
 from triptych.errors import TriptychError
 
 Recipe = Callable[[], TrainConfig]
-RECIPES: dict[str, str] = {}
+# Recipes of the second stage live in a file of their own; naming them imports nothing.
+RECIPES: dict[str, str] = {
+    name: f"trainer.recipes_slat:{name}"
+    for name in ("slat_vae_tiny", "slat_flow_tiny", "mesh_decoder_tiny", "slat_vae_large", "mesh_decoder_large")
+}
 
 
 def recipe(function: Recipe) -> Recipe:

@@ -9,6 +9,9 @@ from trainer.names import import_named
 TASKS: dict[str, str] = {
     "structure_vae": "trainer.tasks.structure_vae:StructureVaeTask",
     "structure_flow": "trainer.tasks.structure_flow:StructureFlowTask",
+    "slat_vae": "trainer.tasks.slat_vae:SlatVaeTask",
+    "mesh_decoder": "trainer.tasks.mesh_decoder:MeshDecoderTask",
+    "slat_flow": "trainer.tasks.slat_flow:SlatFlowTask",
 }
 
 

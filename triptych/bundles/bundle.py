@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..errors import TriptychError
-from .manifest import MANIFEST, Manifest, load_network, read_manifest, verify_file
+from .manifest import MANIFEST, Component, Manifest, load_network, read_manifest, verify_file
+
+if TYPE_CHECKING:
+    from .hub import HubFolder
 
 EMBEDDED = "triptych-tiny"
 _WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -20,62 +25,92 @@ class Bundle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
-        self._networks: dict[str, nn.Module] = {}
+        self._networks: dict[tuple[str, torch.dtype], nn.Module] = {}
 
     @property
     def name(self) -> str:
         return self.manifest.name
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names that `network` takes."""
+        return tuple(self.manifest.components)
+
     def has(self, component: str) -> bool:
-        return component in self.manifest.components
+        return component in self.components
 
-    def network(self, component: str) -> nn.Module:
-        """The network of that name. Raises TriptychError when the bundle lacks it or its file fails a check."""
-        if not self.has(component):
-            have = ", ".join(self.manifest.components)
-            raise TriptychError(f"the bundle {self.name} has no {component!r}, only {have}: choose another bundle")
-        if component not in self._networks:
-            self._networks[component] = load_network(self.folder, self.manifest.components[component])
-        return self._networks[component]
+    def component(self, component: str) -> Component:
+        """Class, config, file, hash and tensors of one network."""
+        self._require(component)
+        return self.manifest.components[component]
 
-    def release(self) -> None:
-        """Forgets the loaded networks."""
-        self._networks.clear()
+    def network(self, component: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The network of that name, on the CPU, in eval mode, without gradients.
+
+        dtype: of the matrices and kernels of its torso; the rest is float32, as published.
+        Raises TriptychError when the bundle lacks it or its file fails a check.
+        """
+        self._require(component)
+        if (component, dtype) not in self._networks:
+            self._networks[component, dtype] = self._load(component, dtype)
+        return self._networks[component, dtype]
+
+    def release(self, *components: str) -> None:
+        """Forgets these networks, or all that are loaded."""
+        for key in list(self._networks):
+            if not components or key[0] in components:
+                del self._networks[key]
 
     def verify(self) -> None:
         """Checks every file without loading it."""
         for component in self.manifest.components.values():
             verify_file(self.folder, component)
 
+    def _require(self, component: str) -> None:
+        if not self.has(component):
+            have = ", ".join(self.components)
+            raise TriptychError(f"the bundle {self.name} has no {component!r}, only {have}: choose another bundle")
+
+    def _load(self, component: str, dtype: torch.dtype) -> nn.Module:
+        network = load_network(self.folder, self.manifest.components[component])
+        if dtype != torch.float32:
+            getattr(network, "convert_to", network.to)(dtype)
+        return network
+
 
 def load_bundle(name: str | Path | None = None, search: Sequence[Path] = ()) -> Bundle:
     """Opens a bundle. name: a folder, a bundle's name, or a Hugging Face id ``owner/name``; None is the embedded one.
 
+    A folder or repository of the published TRELLIS layout (``pipeline.json``) becomes a PublishedBundle; of such a
+    repository ``owner/name@revision`` picks a branch, tag or commit.
     search: folders of bundles to look in before the embedded one (ComfyUI's models/triptych).
     Raises TriptychError with the places that were looked at.
     """
+    from .hub import HubFolder, LocalFolder
+    from .published import PIPELINE, PublishedBundle
+
     if name is None:
         return Bundle(_WEIGHTS / EMBEDDED)
     places = [Path(name), *(Path(folder) / name for folder in search), _WEIGHTS / name]
     for place in places:
         if (place / MANIFEST).is_file():
             return Bundle(place)
+        if (place / PIPELINE).is_file():
+            return PublishedBundle(LocalFolder(place))
     if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/")):
-        return Bundle(_download(name))
+        repository, _, revision = name.partition("@")
+        remote = HubFolder(repository, revision or None)
+        return PublishedBundle(remote) if PIPELINE in remote.names() else Bundle(_fetch(remote))
     looked = ", ".join(str(place) for place in places)
-    raise TriptychError(f"no bundle {str(name)!r} found (looked at {looked}): give a folder with a {MANIFEST}")
+    raise TriptychError(
+        f"no bundle {str(name)!r} found (looked at {looked}): give a folder with a {MANIFEST} or a {PIPELINE}"
+    )
 
 
-def _download(repository: str) -> Path:
-    """Fetches a bundle from the Hugging Face Hub; resumes, and reuses what is there. Loading verifies it."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    except ImportError as error:
-        raise TriptychError(f"{repository} is no local bundle, and huggingface_hub is missing to fetch it") from error
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[MANIFEST, "*.safetensors", "*.md"]))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        raise TriptychError(
-            f"no local bundle {repository!r}, and none could be fetched by that name ({error}): give a local folder"
-        ) from error
+def _fetch(remote: HubFolder) -> Path:
+    """The folder of a bundle of our own format, once all its weights are here. Loading verifies them."""
+    folder = remote.fetch(MANIFEST).parent
+    for name in remote.names():
+        if name.endswith(".safetensors") and "/" not in name:
+            remote.fetch(name)
+    return folder

@@ -14,6 +14,12 @@ CLASSES = {
     "SparseStructureDecoder": "triptych.models.structure_vae",
     "SparseStructureFlowModel": "triptych.models.structure_flow",
     "LiftedStructureFlow": "triptych.models.lifting",
+    "LiftedSLatFlow": "triptych.models.slat_lifting",
+    "SLatEncoder": "triptych.models.slat_encoder",
+    "SLatFlowModel": "triptych.models.slat_flow",
+    "SLatMeshDecoder": "triptych.models.slat_decoder",
+    "SLatGaussianDecoder": "triptych.models.slat_decoder",
+    "SLatRadianceFieldDecoder": "triptych.models.slat_decoder",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,7 +75,7 @@ def _digest(stream) -> str:
 
 def write_bundle(
     folder: Path,
-    modules: dict[str, tuple[nn.Module, dict[str, Any]]],
+    modules: Mapping[str, tuple[nn.Module, dict[str, Any]]],
     *,
     name: str,
     licence: str,

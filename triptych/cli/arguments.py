@@ -35,6 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_render(commands)
     _add_inspect(commands)
     _add_compare(commands)
+    _add_parity(commands)
     return parser.parse_args(argv)
 
 
@@ -187,6 +188,17 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help="normalize: centre both and scale their longest sides to 1 first (default: none)",
     )
     compare.add_argument("--seed", type=_whole(0, 2**31 - 1), default=0, help="of the samples (default: 0)")
+
+
+def _add_parity(commands: argparse._SubParsersAction) -> None:
+    parity = commands.add_parser(
+        "parity",
+        help="compare the networks with reference files of the original implementation",
+        description="Runs each reference file (weights, inputs and outputs in one safetensors file, settings in its "
+        "metadata) and prints the largest error of each output beside what is allowed. Exit code 1: one is over; "
+        "2: a file cannot be run.",
+    )
+    parity.add_argument("files", type=Path, nargs="+", metavar="FILE")
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:

@@ -64,12 +64,13 @@ def inspect_mesh(path: Path) -> dict[str, Any]:
 
 def inspect_bundle(folder: Path) -> dict[str, Any]:
     """Every file against the manifest, and every tensor against the network that its config builds."""
-    from ..bundles.bundle import Bundle
+    from ..bundles.bundle import Bundle, load_bundle
 
-    bundle = Bundle(folder)
+    bundle = load_bundle(folder) if (folder / "pipeline.json").is_file() else Bundle(folder)
     manifest = bundle.manifest
     components = {}
-    for name, component in manifest.components.items():
+    for name in bundle.components:
+        component = bundle.component(name)
         bundle.network(name)
         bundle.release()  # one network in memory at a time
         components[name] = {

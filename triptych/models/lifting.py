@@ -97,25 +97,31 @@ class ViewEncoder(nn.Module):
         self.tokens = nn.Conv2d(coarse, token_channels, 2, stride=2)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        _, features, tokens = self.pyramid(images)
+        return features, tokens
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of stride 4, of stride 8, and tokens of stride 16."""
         x = torch.cat([images[:, :3] * images[:, 3:], images[:, 3:]], dim=1)
         x = F.pixel_unshuffle(x * 2 - 1, 4).contiguous(memory_format=torch.channels_last)
-        features = self.coarse(self.down(self.fine(self.stem(x))))
-        return features, self.tokens(features)
+        fine = self.fine(self.stem(x))
+        features = self.coarse(self.down(fine))
+        return fine, features, self.tokens(features)
 
 
 class Lift(nn.Module):
-    """One vector for each token from the views it projects into.
+    """One vector for each token from the views it projects into, averaged over the views with learned weights.
 
-    A token is sampled at 2 x 2 x 2 points of its block. Along the rays of an orthographic rig many tokens see the same
-    pixels, so pixels are turned into vectors once for each distinct pattern of points, and pairs (view, token) only
-    look them up and add their viewing direction and depth. The views of a sample are averaged with learned weights.
+    In the structure flow a token is sampled at 2 x 2 x 2 points of its block. Along the rays of an orthographic rig
+    many tokens see the same pixels, so pixels are turned into vectors once for each distinct pattern of points, and
+    pairs (view, token) only look them up and add their viewing direction and depth.
     """
 
-    def __init__(self, feature_channels: int, channels: int, heads: int = 8) -> None:
+    def __init__(self, pixel_channels: int, geometry_channels: int, channels: int, heads: int = 8) -> None:
         super().__init__()
         self.heads = heads
-        self.from_pixels = nn.Linear(8 * feature_channels, channels)
-        self.from_geometry = nn.Linear(_GEOMETRY, channels, bias=False)
+        self.from_pixels = nn.Linear(pixel_channels, channels)
+        self.from_geometry = nn.Linear(geometry_channels, channels, bias=False)
         self.value = nn.Linear(channels, channels)
         self.score = nn.Linear(channels, heads)
         self.out = nn.Linear(2 * channels, channels)
@@ -134,10 +140,10 @@ class Lift(nn.Module):
 
 
 _FREQUENCIES = 4
-_GEOMETRY = 3 + 3 * (1 + 2 * _FREQUENCIES)
+GEOMETRY = 3 + 3 * (1 + 2 * _FREQUENCIES)
 
 
-def _waves(x: Tensor) -> Tensor:
+def waves(x: Tensor) -> Tensor:
     """(..., 3) in [-1, 1] -> (..., 3 + 6 frequencies)."""
     angles = x[..., None] * (2.0 ** torch.arange(_FREQUENCIES, device=x.device)) * torch.pi
     return torch.cat([x, angles.sin().flatten(-2), angles.cos().flatten(-2)], dim=-1)
@@ -179,8 +185,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         depth = HULL_POINTS**3
         fine, coarse = encoder_channels
         self.view_encoder = ViewEncoder((fine, coarse), (encoder_blocks[0], encoder_blocks[1]), context)
-        self.lift = Lift(coarse, channels)
-        self.view_geometry = nn.Linear(_GEOMETRY, context)
+        self.lift = Lift(8 * coarse, GEOMETRY, channels)
+        self.view_geometry = nn.Linear(GEOMETRY, context)
         self.hull_layer = nn.Linear(depth, channels)
         if hull_skip and (self.in_channels != 1 or self.patch_size != HULL_POINTS):
             raise ValueError(f"hull_skip needs a field in blocks of {HULL_POINTS}^3, not patches of {self.patch_size}")
@@ -237,7 +243,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(views.images.device)
         lifted = self._lift(views, sample, active, features)
         hull = hull * 2 - 1
-        pose = self.view_geometry(torch.cat([rotations[:, 2], _waves(rotations[:, 0])], dim=-1))
+        pose = self.view_geometry(torch.cat([rotations[:, 2], waves(rotations[:, 0])], dim=-1))
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
         lengths = tuple(active.sum(dim=1).tolist())
         context_lengths = tuple(count * context.shape[1] for count in views.counts)
@@ -315,7 +321,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
                 patterns, pattern_of = torch.unique(grid.flatten(1), dim=0, return_inverse=True)
                 centre = torch.cat([ndc.mean(dim=1), (depth.mean(dim=1) - camera.radius)[:, None]], dim=-1)
                 direction = camera.rotation()[2].to(centre).expand(len(centre), 3)
-                seen_from = torch.cat([direction, _waves(centre)], dim=-1)
+                seen_from = torch.cat([direction, waves(centre)], dim=-1)
                 self._projections[key] = patterns.view(-1, *grid.shape[1:]), pattern_of, seen_from
         return self._projections[key]
 

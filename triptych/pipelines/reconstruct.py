@@ -136,12 +136,24 @@ def structure_from_views(
         parts = [decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]
         fields = torch.cat(parts).cpu().numpy()
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
-    field = np.mean(upright, axis=0) * _number(bundle, "voxels_per_unit", 1.0)
+    masks = _resize(views.images, HULL_SIZE)[:, 3] if settings.keep_silhouettes else None
+    return settled_field(np.mean(upright, axis=0), bundle, masks, views.cameras)
+
+
+def settled_field(
+    field: np.ndarray, bundle: Bundle, masks: torch.Tensor | None, cameras: Sequence[Camera]
+) -> np.ndarray:
+    """What the network predicted (R, R, R), as the signed field whose zero is the surface, in voxels.
+
+    masks (V, S, S): the views' alpha, by which it is cut; None leaves it whole. Raises TriptychError for views that
+    contradict each other.
+    """
     # Blocks are predicted side by side: a little smoothing closes the steps between them. The mean of what is possible
     # shrinks what is thin, so the surface is taken below zero. Both were chosen on validation objects.
+    field = field * _number(bundle, "voxels_per_unit", 1.0)
     field = ndimage.gaussian_filter(field, _number(bundle, "smoothing_voxels", 0.0)) - _number(bundle, "level", 0.0)
-    if settings.keep_silhouettes:
-        allowed = hull_field(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field))
+    if masks is not None:
+        allowed = hull_field(masks, cameras, len(field))
         if not (allowed > 0).any():
             raise TriptychError(
                 "the outlines contradict each other, no point lies inside all of them: check which view is which side"

@@ -7,7 +7,7 @@ window partitions) is computed once and kept in `maps`, which every tensor made 
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,21 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
+class Finer(NamedTuple):
+    """Where a downsampled tensor came from: the finer voxels, and the coarse row of each of their rows (N,) int64."""
+
+    voxels: "SparseTensor"
+    rows: Tensor
+    factor: int
+
+
 class SparseTensor:
     """feats (N, ...) with coords (N, 4) int32 rows (sample, x, y, z); treat it as immutable.
 
     `batch_size` counts samples, also empty ones; by default the last sample named plus one. `resolution` is the side of
     the grid, an exclusive bound of x, y, z, or None when unknown. Raises ValueError where rows, ranges or order are
-    wrong; `check=False` skips the checks that must read the coordinates (they wait for the device).
+    wrong; `check=False` skips the checks that must read the coordinates (they wait for the device). `finer` is set by
+    downsampling. It is no part of `maps`, or the maps of the two resolutions would keep each other in memory.
     """
 
     def __init__(
@@ -32,6 +41,7 @@ class SparseTensor:
         *,
         check: bool = True,
         maps: dict[Any, Any] | None = None,
+        finer: Finer | None = None,
     ):
         if coords.dim() != 2 or coords.shape[1] != 4 or coords.dtype != torch.int32:
             raise ValueError(f"coords must be (N, 4) int32 rows (sample, x, y, z), not {_describe(coords)}")
@@ -46,6 +56,7 @@ class SparseTensor:
         self.batch_size = batch_size
         self.resolution = resolution
         self.maps: dict[Any, Any] = {} if maps is None else maps
+        self.finer = finer
         if check:
             _check_coords(coords, batch_size, resolution)
 
@@ -100,7 +111,13 @@ class SparseTensor:
 
     def replace(self, feats: Tensor) -> "SparseTensor":
         """Other features (N, ...) on the same voxels; the cached maps are shared."""
-        return SparseTensor(feats, self.coords, self.batch_size, self.resolution, check=False, maps=self.maps)
+        return SparseTensor(
+            feats, self.coords, self.batch_size, self.resolution, check=False, maps=self.maps, finer=self.finer
+        )
+
+    def voxels(self) -> "SparseTensor":
+        """The same voxels and maps without features, (N, 0): what maps may keep without keeping features alive."""
+        return self.replace(self.feats.new_empty(len(self), 0))
 
     def same_voxels(self, other: "SparseTensor") -> bool:
         """Whether rows of both belong together; instant when one was made from the other."""

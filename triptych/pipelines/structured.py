@@ -1,0 +1,104 @@
+"""The second stage: from a first stage's field to structured latents, and from those to a mesh with vertex colours.
+
+    field --its surface--> active voxels --lifted latent flow--> latents --mesh decoder--> FlexiCubes --> mesh
+
+The active voxels are those within ``active_band`` voxels of the field's zero level. FlexiCubes works on them alone; the
+field says what is inside elsewhere, so the mesh is closed. Functions take progress and cancel callbacks and touch no
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bundles.bundle import Bundle
+from ..errors import TriptychError
+from ..geometry.flexicubes_field import features_to_closed_mesh, lattice_background
+from ..geometry.mesh import Mesh
+from ..models.lifting import PosedViews
+from ..models.slat_decoder import SLatMeshDecoder
+from ..models.slat_lifting import LiftedSLatFlow
+from ..sampling.flow_euler import flow_euler_sample
+from ..sparse.tensor import SparseTensor
+
+FINE_BAND = 4.0  # fine voxels: the unit of the tiny decoder's signed distance
+MAX_VOXELS = 100_000
+
+
+def has_second_stage(bundle: Bundle) -> bool:
+    """Whether the bundle refines its first stage's field with structured latents."""
+    return bundle.has("slat_flow") and bundle.has("slat_decoder_mesh")
+
+
+def active_voxels(field: np.ndarray, band: float) -> np.ndarray:
+    """(N, 3) int32 voxels within ``band`` voxels of the surface of ``field`` (R, R, R).
+
+    Raises TriptychError when there are none, or more than a machine should be asked for.
+    """
+    coords = np.argwhere(np.abs(field) < band).astype(np.int32)
+    if not len(coords):
+        raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
+    if len(coords) > MAX_VOXELS:
+        raise TriptychError(
+            f"the structure has {len(coords):,} active voxels, {MAX_VOXELS:,} are allowed: the pictures may not be cut "
+            "out, or show more than one object"
+        )
+    return coords
+
+
+def latents_from_views(
+    posed: PosedViews,
+    field: np.ndarray,
+    flow: LiftedSLatFlow,
+    *,
+    band: float,
+    seed: int = 0,
+    steps: int = 1,
+    guidance: float = 0.0,
+    rescale_t: float = 1.0,
+    step: Callable[[float], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> SparseTensor:
+    """Structured latents (N, C) of the views of one object, on the active voxels of ``field`` (R, R, R).
+
+    step(fraction) is called after each sampling step. Raises Cancelled, and TriptychError as ``active_voxels`` does.
+    """
+    device = posed.images.device
+    rows = torch.from_numpy(active_voxels(field, band)).to(device)
+    coords = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
+    noise = torch.randn(len(rows), flow.in_channels, generator=torch.Generator().manual_seed(seed)).to(device)
+    x = SparseTensor(noise, coords, 1, flow.resolution)
+    cond = flow.condition(posed, x, torch.from_numpy(np.ascontiguousarray(field)).to(device)[None])
+    found = flow_euler_sample(
+        flow,
+        x,
+        steps=steps,
+        guidance=guidance,
+        guidance_interval=(0.5, 1.0),
+        rescale_t=rescale_t,
+        cond=cond,
+        neg_cond=cond.null() if guidance else None,
+        callback=(lambda done, total, _: step(done / total)) if step else None,
+        cancel=cancel,
+    ).samples
+    return found.replace(flow.denormalize(found.feats.float()))
+
+
+def mesh_from_latents(decoder: SLatMeshDecoder, latents: SparseTensor, field: Tensor) -> Mesh:
+    """The closed mesh of one sample's latents, vertex-coloured, in model space; field (R, R, R), positive inside."""
+    features = decoder(latents)
+    side = features.resolution or latents.resolution
+    assert side is not None
+    scale = side / field.shape[0] / FINE_BAND
+    background = (lattice_background(field.float(), side) * scale).clamp(-1, 1)
+    found = features_to_closed_mesh(features.coords[:, 1:], features.feats.float(), side, background)
+    colors = None
+    if found.vertex_attrs is not None:
+        rgb = found.vertex_attrs[:, :3].float().cpu().numpy()
+        colors = np.concatenate([rgb, np.ones_like(rgb[:, :1])], axis=1).astype(np.float32)
+    vertices = found.vertices.float().cpu().numpy()
+    return Mesh(vertices, found.faces.cpu().numpy().astype(np.int32), colors=colors)
