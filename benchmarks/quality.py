@@ -1,13 +1,16 @@
 """How good are the reconstructions? A bundle against the visual hull, on real scans that were never trained on.
 
-    python -m benchmarks.quality [--bundle DIR] [--views 4,3,2,1] [--limit N] [--out DIR]
+    python -m benchmarks.quality [--bundle DIR] [--views 4,3,2,1] [--colours] [--limit N] [--out DIR]
 
 For each evaluation object of the data folder (TRIPTYCH_DATA, else ../shared/data): the four rig views are rendered at
 512 px under the default studio light, straight alpha; the network and the visual hull (64^3, marching cubes) see the
 same first N of front, left, back, right, at the rig's scale (a lone photograph does not tell its depth, so fewer views
-are harder for a user than here). The meshes are not decimated. Chamfer distance is the mean of the two directed mean
-distances between 30,000 surface points each, longest side 1; F-scores at .01, .02, .05; normal consistency. Prints a
-table with the machine and the commit, and writes quality.json and a picture of every object with --out.
+are harder for a user than here). A bundle with a second stage is measured with it ("both stages") and without it
+("stage one"). The meshes are not decimated. Chamfer distance is the mean of the two directed mean distances between
+30,000 surface points each, longest side 1; F-scores at .01, .02, .05; normal consistency. With
+--colours every mesh is also coloured from its views (vertex colours) and rendered from eight azimuths between the rig's
+at elevation 20; PSNR and SSIM over the union of both silhouettes tell it from the true object under the same light.
+Prints a table with the machine and the commit, and writes quality.json and a picture of every object with --out.
 """
 
 from __future__ import annotations
@@ -33,12 +36,23 @@ from triptych.geometry.mesh import Mesh
 from triptych.geometry.metrics import compare_meshes
 from triptych.geometry.voxels import visual_hull
 from triptych.images.views import ViewSet
-from triptych.pipelines.reconstruct import DEFAULT_STEPS, Settings, structure_from_views, surface_from_field
+from triptych.pipelines.reconstruct import (
+    DEFAULT_STEPS,
+    Settings,
+    latents_of,
+    structure_from_views,
+    surface_from_field,
+    surface_from_latents,
+)
+from triptych.pipelines.structured import has_second_stage
 from triptych.render.sheets import contact_sheet
+from triptych.render.texture import colour_from_views
 from triptych.render.views import render_mesh, render_views, shade
 
 ROOT = Path(__file__).resolve().parent.parent
 THRESHOLDS = (0.01, 0.02, 0.05)
+NOVEL = [Camera(22.5 + 45 * i, 20, half_extent=0.75) for i in range(8)]
+NOVEL_SIZE = 192
 
 
 def data_folder() -> Path:
@@ -66,34 +80,75 @@ def score(mesh: Mesh, truth: Mesh) -> dict[str, float]:
     return {"chamfer": found.chamfer, **scores, "normals": found.normal_consistency}
 
 
-def evaluate_object(path: Path, bundle: Bundle, counts: list[int], settings: Settings) -> dict:
+def colour_score(mesh: Mesh, views: ViewSet, truth: torch.Tensor) -> dict[str, float]:
+    """PSNR and SSIM over the union mask of NOVEL's pictures; truth (8, 4, S, S): the lit object, straight alpha."""
+    from skimage.metrics import structural_similarity
+
+    coloured = colour_from_views(mesh, views, texture_size=0, fill="diffuse" if mesh.colors is None else "colors")
+    drawn = render_views(coloured, NOVEL, NOVEL_SIZE)
+    psnr, ssim = [], []
+    for rgb, alpha, true in zip(drawn.albedo, drawn.alpha, truth, strict=True):
+        pair = [(rgb * alpha + 1 - alpha).numpy(), (true[:3] * true[3:] + 1 - true[3:]).numpy()]
+        union = ((alpha[0] > 0.5) | (true[3] > 0.5)).numpy()
+        error = np.square(pair[0] - pair[1])[:, union].mean()
+        psnr.append(-10 * np.log10(max(error, 1e-6)))
+        _, local = structural_similarity(pair[0], pair[1], channel_axis=0, data_range=1.0, full=True)
+        ssim.append(local[:, union].mean())
+    return {"psnr": float(np.mean(psnr)), "ssim": float(np.mean(ssim))}
+
+
+def evaluate_object(path: Path, bundle: Bundle, counts: list[int], settings: Settings, colours: bool = False) -> dict:
     """Scores by method and number of views, with the meshes under "meshes"."""
     truth = read_mesh(path).normalized()
     every = rig_views(truth)
+    lit = shade(render_views(truth, NOVEL, NOVEL_SIZE), NOVEL) if colours else None
     result: dict = {"meshes": {"truth": truth}, "seconds": {}}
     for count in counts:
         views = every.subset(VIEW_NAMES[:count])
-        result[f"hull_{count}"] = score(hull_mesh(views), truth)
+        found = {"hull": hull_mesh(views)}
         started = time.perf_counter()
-        mesh = surface_from_field(structure_from_views(views, bundle, settings))
+        field = structure_from_views(views, bundle, settings)
+        found["stage one" if has_second_stage(bundle) else "network"] = surface_from_field(field)
+        if has_second_stage(bundle):
+            found["both stages"] = surface_from_latents(latents_of(views, field, bundle, settings), field, bundle)
         result["seconds"][str(count)] = time.perf_counter() - started
-        result[f"network_{count}"] = score(mesh, truth)
-        result["meshes"][f"network_{count}"] = mesh
+        for method, mesh in found.items():
+            scores = score(mesh, truth)
+            if lit is not None:
+                scores |= colour_score(mesh, views, lit)
+            result[f"{method}_{count}"] = scores
+            if method != "hull":
+                result["meshes"][f"{method}_{count}"] = mesh
     return result
 
 
+_COLUMNS = {
+    "chamfer": ("Chamfer", ".4f"),
+    "f0.01": ("F@.01", ".3f"),
+    "f0.02": ("F@.02", ".3f"),
+    "f0.05": ("F@.05", ".3f"),
+    "normals": ("normals", ".3f"),
+    "psnr": ("PSNR", ".2f"),
+    "ssim": ("SSIM", ".3f"),
+}
+
+
 def table(results: list[dict], counts: list[int]) -> str:
-    lines = ["| views | method | Chamfer | F@.01 | F@.02 | F@.05 | normals |", "|---|---|---|---|---|---|---|"]
+    """Means over the objects, by number of views and method, and each method over the hull."""
+    methods = [key.rpartition("_")[0] for key in results[0] if key.endswith(f"_{counts[0]}")]
+    columns = {key: _COLUMNS[key] for key in _COLUMNS if key in results[0][f"hull_{counts[0]}"]}
+    names = [name for name, _ in columns.values()]
+    lines = ["| views | method | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for count in counts:
-        means = {}
-        for method in ("hull", "network"):
+        means: dict[str, dict[str, float]] = {}
+        for method in methods:
             rows = [result[f"{method}_{count}"] for result in results]
-            means[method] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-            m = means[method]
-            values = f"{m['chamfer']:.4f} | {m['f0.01']:.3f} | {m['f0.02']:.3f} | {m['f0.05']:.3f} | {m['normals']:.3f}"
+            means[method] = {key: float(np.mean([row[key] for row in rows])) for key in columns}
+            values = " | ".join(format(means[method][key], columns[key][1]) for key in columns)
             lines.append(f"| {count} | {method} | {values} |")
-        ratios = [means["network"][key] / means["hull"][key] for key in means["hull"]]
-        lines.append(f"| {count} | network / hull | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+        for method in methods[1:]:
+            ratios = " | ".join(f"{means[method][key] / means['hull'][key]:.2f}" for key in columns)
+            lines.append(f"| {count} | {method} / hull | {ratios} |")
     return "\n".join(lines)
 
 
@@ -105,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None)
     parser.add_argument("--raw", action="store_true", help="do not cut away what the silhouettes rule out")
+    parser.add_argument("--colours", action="store_true", help="also colour the meshes, and compare eight novel views")
     parser.add_argument("--card", type=Path, default=None, help="a model card whose quality section to fill")
     parser.add_argument("--ensemble", type=int, default=Settings.ensemble)
     parser.add_argument("--split", default="eval", help="of index.csv; tune on train, report on eval")
@@ -126,7 +182,7 @@ def main() -> None:
         objects = objects[:: max(1, len(objects) // args.limit)][: args.limit]
     results = []
     for name, path in objects:
-        result = evaluate_object(path, bundle, counts, settings)
+        result = evaluate_object(path, bundle, counts, settings, args.colours)
         meshes = result.pop("meshes")
         results.append({"id": name} | result)
         if args.out:

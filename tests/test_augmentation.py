@@ -5,8 +5,9 @@ import pytest
 import torch
 import trimesh
 
-from trainer.data import mirrored, quarter_turn, relight, soft_occupancy
+from trainer.data import draw_recolouring, mirrored, quarter_turn, relight, soft_occupancy
 from trainer.prepare.build import SDF_BAND, BuildOptions, _sample, turned
+from trainer.tasks.slat_flow import recoloured
 from trainer.tasks.structure_flow import camera_normals, normal_error
 from triptych.geometry.mesh import Mesh
 from triptych.procedural import sample_object
@@ -93,6 +94,24 @@ def test_relighting_is_in_range_and_repeats(sample):
         np.testing.assert_array_equal(array, before[name])
     means = torch.stack([p[:, :3][p[:, 3:].expand(-1, 3, -1, -1) == 1].mean() for p in pictures])
     assert means.std() > 0.08 and means.min() > 0.1 and means.max() < 0.98, "dark and bright, none black or blank"
+
+
+def test_an_object_and_its_pictures_are_recoloured_alike(sample):
+    """Without light, what a voxel's recoloured colour says is what the recoloured picture shows."""
+    albedo = torch.from_numpy(sample["albedo"][..., :3]).float() / 255
+    changes = []
+    for seed in range(60):
+        change = draw_recolouring(np.random.default_rng(seed))
+        pictures = change(albedo.permute(0, 3, 1, 2))
+        torch.testing.assert_close(pictures.permute(0, 2, 3, 1), change(albedo, dim=-1))
+        grey = change(torch.full((1, 3), 0.5))
+        changes.append(grey[0])
+        assert pictures.min() >= 0 and pictures.max() <= 1
+    assert torch.stack(changes).std(dim=0).min() > 0.05  # tints differ
+    attributes = torch.randint(0, 256, (50, 10), dtype=torch.uint8)
+    made = recoloured(attributes, change)
+    assert torch.equal(made[:, 3:], attributes[:, 3:])
+    assert (made[:, :3].float() / 255 - change(attributes[:, :3].float() / 255)).abs().max() < 0.003
 
 
 def test_relighting_shades_by_the_normal(sample):

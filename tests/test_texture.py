@@ -233,6 +233,22 @@ def test_the_textured_mesh_shows_the_views_it_was_made_from(data_dir, name):
     assert psnr_inside(viewset.images, views_of(fast, 256).images) > 25
 
 
+@pytest.mark.parametrize("texture_size", [0, 512])
+def test_what_no_view_shows_takes_the_meshes_own_colours(texture_size):
+    """One view of a ball that is dark behind; its own colours are right but for a tint that the view tells."""
+    ball = trimesh.creation.icosphere(5)
+    own = np.where(ball.vertices[:, 2:] > 0, 0.8, 0.2) * np.array([1.0, 0.9, 0.8])
+    colors = np.concatenate([own, np.ones((len(own), 1))], axis=1).astype(np.float32)
+    true = Mesh((ball.vertices * 0.45).astype(np.float32), ball.faces.astype(np.int64), colors=colors)
+    guessed = true.replace(colors=np.concatenate([colors[:, :3] - 0.1, colors[:, 3:]], axis=1))
+    front, back = views_of(true, 256, rig_cameras((0.0,))), views_of(true, 256, rig_cameras((180.0,))).images
+    errors = {}
+    for fill in ("diffuse", "colors"):
+        made = colour_from_views(guessed, front, texture_size=texture_size, fill=fill)
+        errors[fill] = psnr_inside(back, views_of(made, 256, rig_cameras((180.0,))).images)
+    assert errors["colors"] > 25 and errors["diffuse"] < 10
+
+
 def test_baking_is_deterministic(coloured_box):
     mesh, viewset, baked, _ = coloured_box
     again, _ = bake_texture(unwrap(mesh, texture_size=256), viewset, 256)
@@ -266,7 +282,8 @@ def test_what_cannot_be_baked_is_said(coloured_box):
         (lambda: bake_texture(baked, empty, 64), "none of the views"),
         (lambda: vertex_colours_from_views(mesh, empty), "none of the views"),
         (lambda: bake_vertex_colours(baked, 64), "no vertex colours"),
-        (lambda: bake_texture(baked, viewset, 64, fill="black"), '"diffuse" or "mirror"'),
+        (lambda: bake_texture(baked, viewset, 64, fill="colors"), "no vertex colours to fill"),
+        (lambda: bake_texture(baked, viewset, 64, fill="black"), '"diffuse", "mirror" or "colors"'),
     ]:
         with pytest.raises(TriptychError, match=words):
             call()

@@ -1,4 +1,4 @@
-"""python -m trainer {prepare, structure, predict, primitives, train, resume, evaluate, export}.
+"""python -m trainer {prepare, structure, predict, primitives, plan, train, resume, evaluate, export, join}.
 
 Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
 (one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
@@ -98,10 +98,24 @@ def _predict(args: argparse.Namespace) -> int:
     return predict(args)
 
 
+def _join(args: argparse.Namespace) -> int:
+    from trainer.join import main as join
+
+    return join(args)
+
+
 def _primitives(args: argparse.Namespace) -> int:
     from trainer.prepare.primitives import main as primitives
 
     return primitives(args)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from trainer.config import apply_overrides
+    from trainer.plan import CARDS_GIB, plan
+    from trainer.recipes import build_recipe
+
+    print(plan(apply_overrides(build_recipe(args.recipe), args.set), args.gpu or CARDS_GIB))
 
 
 def _is_main_process() -> bool:
@@ -138,6 +152,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
         add_predict_arguments(predict)
 
+    join = commands.add_parser("join", help="make one bundle of stages that were exported one by one")
+    join.set_defaults(command=_join)
+    if "join" in arguments[:1]:
+        from trainer.join import add_arguments as add_join_arguments
+
+        add_join_arguments(join)
+
     primitives = commands.add_parser("primitives", help="write procedural objects to prepare and train on")
     primitives.set_defaults(command=_primitives)
     if "primitives" in arguments[:1]:
@@ -149,6 +170,11 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a recipe's name, or module:function")
     train.add_argument("--run-dir", type=Path, help="the run's folder (default: runs/NAME)")
     train.set_defaults(command=_train)
+
+    plan = commands.add_parser("plan", help="say what a recipe of the published shape takes of a card's memory")
+    plan.add_argument("recipe", help="a recipe's name, or module:function")
+    plan.add_argument("--gpu", type=int, nargs="+", metavar="GB", help="memory of the cards (default: 24 48 80)")
+    plan.set_defaults(command=_plan)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
     resume.set_defaults(command=_resume)
@@ -162,7 +188,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         command.add_argument("run", help="a run folder, or its name under runs/")
     for command in (evaluate, export):
         command.add_argument("--checkpoint", default="last", help="last (default), best, or a step number")
-    for command in (train, resume):
+    for command in (train, resume, plan):
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override one config value"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -127,13 +128,18 @@ def _to_linear(srgb: torch.Tensor) -> torch.Tensor:
 
 
 def relight(
-    albedo: np.ndarray, normal: np.ndarray, generator: np.random.Generator, views: Sequence[int] = (0, 1, 2, 3)
+    albedo: np.ndarray,
+    normal: np.ndarray,
+    generator: np.random.Generator,
+    views: Sequence[int] = (0, 1, 2, 3),
+    recolouring: Recolouring | None = None,
 ) -> torch.Tensor:
     """Shaded pictures of the rig's views under random light and colour.
 
-    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them. Returns (V, 4, S, S)
-    float32 RGBA, sRGB 0-1, straight alpha. One light serves all views; it turns with the camera or stands in the world,
-    half and half. Light, ambient share, exposure, hue, saturation and contrast vary; one in ten is unshaded.
+    albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them; recolouring: of the
+    object, None draws one. Returns (V, 4, S, S) float32 RGBA, sRGB 0-1, straight alpha. One light serves all views; it
+    turns with the camera or stands in the world, half and half. Light, ambient share, exposure and gloss vary; one in
+    ten is unshaded.
     """
     rotations = _ROTATIONS[list(views)]
     albedo, normal = albedo[list(views)], normal[list(views)]
@@ -141,7 +147,7 @@ def relight(
     alpha, rgb = colour[:, 3:], colour[:, :3]
     world = torch.from_numpy(np.ascontiguousarray(normal)).permute(0, 3, 1, 2).float() * (2 / 255) - 1
     draw = generator.uniform
-    linear = _to_linear(_recolour(rgb, generator))
+    linear = _to_linear((recolouring or draw_recolouring(generator))(rgb))
     if draw() < 0.9:
         key = torch.tensor([draw(-1, 1), draw(-0.2, 1.2), draw(0.2, 1.2)], dtype=torch.float32)
         key = torch.nn.functional.normalize(key, dim=0)
@@ -165,13 +171,29 @@ def relight(
     return torch.cat([rgb.clamp(0, 1), alpha], dim=1)
 
 
-def _recolour(rgb: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Random channel order, tint, saturation and contrast; one in five becomes nearly one colour."""
+@dataclass(frozen=True)
+class Recolouring:
+    """An affine change of sRGB colours: matrix (3, 3), offset (3,) float32."""
+
+    matrix: torch.Tensor
+    offset: torch.Tensor
+
+    def __call__(self, rgb: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Colours with their channels in axis ``dim``, the same change for all, within 0-1."""
+        moved = rgb.movedim(dim, -1) @ self.matrix.T + self.offset
+        return moved.movedim(-1, dim).clamp(0, 1)
+
+
+def draw_recolouring(generator: np.random.Generator) -> Recolouring:
+    """Random channel order, tint, saturation and contrast; one in five makes nearly everything one colour."""
     draw = generator.uniform
-    rgb = rgb[:, generator.permutation(3).tolist()]
-    grey = rgb.mean(dim=1, keepdim=True)
-    rgb = grey + (rgb - grey) * draw(0.3, 1.2)
+    matrix = torch.eye(3)[generator.permutation(3).tolist()]
+    saturation = draw(0.3, 1.2)
+    matrix = saturation * matrix + (1 - saturation) / 3
+    offset = torch.zeros(3)
     if draw() < 0.2:
-        flat = torch.from_numpy(generator.uniform(0.15, 1, 3).astype(np.float32))[:, None, None]
-        rgb = flat + (rgb - 0.5) * draw(0.0, 0.3)
-    return (rgb * draw(0.7, 1.2) + draw(-0.1, 0.15)).clamp(0, 1)
+        flat = torch.from_numpy(generator.uniform(0.15, 1, 3).astype(np.float32))
+        contrast = draw(0.0, 0.3)
+        matrix, offset = contrast * matrix, flat - 0.5 * contrast
+    gain = draw(0.7, 1.2)
+    return Recolouring(gain * matrix, gain * offset + draw(-0.1, 0.15))

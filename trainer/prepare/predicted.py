@@ -31,7 +31,7 @@ from trainer.data import relight
 from trainer.structured import StructuredData
 from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.errors import TriptychError
-from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, rig_cameras
+from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera, rig_cameras
 from triptych.models.lifting import PosedViews
 from triptych.models.slat_lifting import FIELD_BAND
 from triptych.pipelines.reconstruct import networks, settled_field
@@ -149,9 +149,17 @@ def fields_of(
         velocity = flow(noise, torch.full((len(seen),), 1000.0, device=device), flow.condition(posed))
         raw = decoder(flow.denormalize(noise - velocity))[:, 0].float().cpu().numpy()
     return [
-        settled_field(field, bundle, images[:, 3], [_RIG[i] for i in views])
+        _settled(field, bundle, images[:, 3], [_RIG[i] for i in views])
         for field, images, views in zip(raw, pictures, seen, strict=True)
     ]
+
+
+def _settled(field: np.ndarray, bundle: Bundle, masks: torch.Tensor, cameras: list[Camera]) -> np.ndarray:
+    """Cut by the silhouettes, but for objects so thin that the prepared pictures' outlines share no voxel."""
+    try:
+        return settled_field(field, bundle, masks, cameras)
+    except TriptychError:
+        return settled_field(field, bundle, None, cameras)
 
 
 class PredictedFields:

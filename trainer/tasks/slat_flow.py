@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data import mirrored, quarter_turn, relight
+from trainer.data import Recolouring, draw_recolouring, mirrored, quarter_turn, relight
 from trainer.prepare.predicted import PredictedFields
 from trainer.structured import StructuredData, decode_attributes, symmetric_attributes, symmetric_coords
 from triptych.bundles.bundle import Bundle, load_bundle
@@ -163,7 +163,8 @@ class SlatFlowTask:
         if symmetry >= 4:
             turned = mirrored(turned)
         seen = [symmetric_view(view, symmetry) for view in views]
-        shown = relight(turned["albedo"], turned["normal"], generator, sorted(seen))
+        recolouring = draw_recolouring(generator)  # of the object: its true colours change with its pictures
+        shown = relight(turned["albedo"], turned["normal"], generator, sorted(seen), recolouring)
         hint = np.ascontiguousarray(turned["sdf"])
 
         coords = np.argwhere(np.abs(hint.astype(np.int16)) < config.active_band * 127 / FIELD_BAND)
@@ -184,7 +185,7 @@ class SlatFlowTask:
             "views": torch.tensor(sorted(seen)),
             "field": torch.from_numpy(hint),
             "coords": torch.from_numpy(coords.astype(np.int32)),
-            "attributes": torch.from_numpy(attributes),
+            "attributes": recoloured(torch.from_numpy(attributes), recolouring),
             "known": torch.from_numpy(row >= 0),
             "noise": torch.from_numpy(generator.standard_normal((len(coords), channels), dtype=np.float32)),
             "time": time if training else torch.tensor(1.0),
@@ -298,9 +299,16 @@ class SlatFlowTask:
             "slat_flow": (model, self.flow_config()),
             "slat_decoder_mesh": (self.decoder, self.vae.manifest.components["slat_decoder_mesh"].config),
         }
+        sampling = {"active_band": self.config.active_band, "slat_steps": 1, "slat_rescale_t": 3.0}
         provenance = provenance | {"slat_vae": self.vae.manifest.provenance}
-        write_components(folder, components, provenance, sampling={"active_band": self.config.active_band})
+        write_components(folder, components, provenance, sampling=sampling)
         write_model_card(folder, provenance, self.data.records)
+
+
+def recoloured(attributes: Tensor, recolouring: Recolouring) -> Tensor:
+    """(N, 10) uint8 attributes with the object's colours changed."""
+    colors = recolouring(attributes[:, :3].float() / 255, dim=1) * 255 + 0.5
+    return torch.cat([colors.to(torch.uint8), attributes[:, 3:]], dim=1)
 
 
 def symmetric_view(view: int, symmetry: int) -> int:

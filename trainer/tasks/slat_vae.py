@@ -275,7 +275,8 @@ def start_boldly(model: SlatVae, gain: float) -> None:
 
     Positions enter the networks with variance 1/2 a channel, attributes and latents with a tenth of it, and the
     published output layers begin at zero with a posterior of deviation 1: for the first few hundred steps nothing but
-    colour gets through. Here the input layers are ``gain`` times as strong, outputs begin small, the posterior narrow (e^-3).
+    colour gets through. Here the input layers are ``gain`` times as strong, outputs begin small, and the posterior
+    narrow (e^-3).
     """
     if gain == 1:
         return

@@ -9,11 +9,19 @@ utilisation. A lower chart cost makes no difference in time; the default of 2 ke
 
 xatlas picks its own scale and overshoots the resolution it is asked for (by 25 % on a thousand charts), which would
 shrink the gutter between charts by as much: the padding is asked for with that reserve, and the report states the
-gutter that came out. Not covered: keeping artists' seams, symmetric layouts, several texture pages.
+gutter that came out. xatlas also keeps Python's lock from its start to its end, which would stop every other thread, a
+server's answers and its cancel button among them: off the main thread it runs in a process of its own.
+
+Not covered: keeping artists' seams, symmetric layouts, several texture pages.
 """
 
 from __future__ import annotations
 
+import inspect
+import io
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +31,7 @@ from .mesh import Mesh
 
 TEXTURE_SIZE_RANGE = (64, 8192)  # texels
 MAX_UNWRAP_FACES = 1_000_000  # about a minute; beyond that decimate first
+_APART_FACES = 2000  # fewer take less time than starting a process
 _SIZE_RESERVE = 1.3  # xatlas's overshoot over the resolution it is asked for
 
 
@@ -61,39 +70,71 @@ def unwrap_with_report(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3
     if not 0 <= padding <= 64:
         raise TriptychError(f"the UV padding is {padding}: choose 0 to 64 texels")
     _check_mesh(mesh)
-    import xatlas  # here, so that reading a mesh never waits for it
-
     # Scaled to a unit box: xatlas compares areas and lengths with absolute epsilons.
     vertices = mesh.vertices.astype(np.float64)
     low, extent = vertices.min(axis=0), np.ptp(vertices, axis=0).max()
-    atlas = xatlas.Atlas()
     unit_vertices = np.ascontiguousarray((vertices - low) / extent, dtype=np.float32)
-    atlas.add_mesh(unit_vertices, np.ascontiguousarray(mesh.faces, dtype=np.uint32))
+    pack_padding = int(np.ceil(padding * _SIZE_RESERVE))
+    is_apart = len(mesh.faces) >= _APART_FACES and threading.current_thread() is not threading.main_thread()
+    generate = _generate_apart if is_apart else generate_atlas
+    atlas = generate(unit_vertices, mesh.faces.astype(np.uint32), texture_size, pack_padding)
+    pages, charts, width, height = atlas["sizes"].tolist()
+    if pages != 1 or width == 0 or height == 0:
+        raise TriptychError(
+            f"the UV unwrap made {pages} texture pages of {width} x {height} texels instead of"
+            " one: the mesh has no face with an area, so clean it up first"
+        )
+    uv = _square(atlas["uv"], width, height)
+    uv_faces = atlas["uv_faces"].astype(np.int64)
+    unplaced = _unplaced(uv[uv_faces])
+    uv_faces = _place_degenerate(mesh.faces, uv_faces, unplaced)
+    side = max(width, height)
+    report = UnwrapReport(
+        charts=charts,
+        utilisation=float(_signed_area(uv[uv_faces][~unplaced]).sum()),
+        gutter_texels=float(pack_padding * texture_size / side),
+        unplaced_faces=int(unplaced.sum()),
+    )
+    return mesh.replace(uv=uv, uv_faces=uv_faces), report
+
+
+def generate_atlas(vertices: np.ndarray, faces: np.ndarray, texture_size: int, padding: int) -> dict[str, np.ndarray]:
+    """xatlas's layout: uv_faces (F, 3), uv (T, 2) in shares of the width and height, and sizes: pages, charts, width,
+    height. vertices (V, 3) float32, faces (F, 3) uint32."""
+    import xatlas  # here, so that reading a mesh never waits for it
+
+    atlas = xatlas.Atlas()
+    atlas.add_mesh(vertices, np.ascontiguousarray(faces))
     charts, pack = xatlas.ChartOptions(), xatlas.PackOptions()
     charts.max_iterations = 1
     pack.bruteForce = False
     pack.bilinear = True  # a texel of reserve for bilinear sampling, besides the padding
     pack.resolution = texture_size
-    pack.padding = int(np.ceil(padding * _SIZE_RESERVE))
+    pack.padding = padding
     atlas.generate(charts, pack)
-    if atlas.atlas_count != 1 or atlas.width == 0 or atlas.height == 0:
-        raise TriptychError(
-            f"the UV unwrap made {atlas.atlas_count} texture pages of {atlas.width} x {atlas.height} texels instead of"
-            " one: the mesh has no face with an area, so clean it up first"
-        )
+    sizes = np.array([atlas.atlas_count, atlas.chart_count, atlas.width, atlas.height])
     _, uv_faces, uv = atlas[0]
-    uv = _square(uv, atlas.width, atlas.height)
-    uv_faces = uv_faces.astype(np.int64)
-    unplaced = _unplaced(uv[uv_faces])
-    uv_faces = _place_degenerate(mesh.faces, uv_faces, unplaced)
-    side = max(atlas.width, atlas.height)
-    report = UnwrapReport(
-        charts=int(atlas.chart_count),
-        utilisation=float(_signed_area(uv[uv_faces][~unplaced]).sum()),
-        gutter_texels=float(pack.padding * texture_size / side),
-        unplaced_faces=int(unplaced.sum()),
+    return {"uv_faces": uv_faces, "uv": uv, "sizes": sizes}
+
+
+def _generate_apart(vertices: np.ndarray, faces: np.ndarray, texture_size: int, padding: int) -> dict[str, np.ndarray]:
+    """``generate_atlas`` in a process of its own, or here where none can be started."""
+    stream = io.BytesIO()
+    np.savez(stream, vertices=vertices, faces=faces, numbers=np.array([texture_size, padding]))
+    # The function's own text is enough there: the child imports neither the package nor torch.
+    code = (
+        "from __future__ import annotations\nimport io, sys\nimport numpy as np\n"
+        + inspect.getsource(generate_atlas)
+        + "given = np.load(io.BytesIO(sys.stdin.buffer.read()))\nout = io.BytesIO()\n"
+        "np.savez(out, **generate_atlas(given['vertices'], given['faces'], *given['numbers'].tolist()))\n"
+        "sys.stdout.buffer.write(out.getvalue())\n"
     )
-    return mesh.replace(uv=uv, uv_faces=uv_faces), report
+    try:
+        done = subprocess.run([sys.executable, "-c", code], input=stream.getvalue(), capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return generate_atlas(vertices, faces, texture_size, padding)
+    with np.load(io.BytesIO(done.stdout)) as made:
+        return {name: made[name] for name in made.files}
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -1,11 +1,12 @@
 """The main job: posed views of one object -> a textured mesh.
 
-    views --lifted structure flow (and decoder)--> signed field --marching cubes--> mesh --views--> texture
+    views --lifted structure flow (and decoder)--> signed field --second stage or marching cubes--> mesh
+       --views--> texture
 
-Until the second stage exists, the mesh is the isosurface of the first stage's field. A bundle with a structure decoder
-runs the flow in its latent space; one without runs it on the field itself. What the silhouettes rule out is cut away:
-no point of the mesh projects outside of a given view's outline. Functions take progress and cancel callbacks and touch
-no files.
+A bundle with a second stage refines the field with structured latents (pipelines/structured.py); without one, the mesh
+is the field's isosurface. A bundle with a structure decoder runs the first flow in its latent space; one without runs
+it on the field itself. What the silhouettes rule out is cut away from the field: no point of it projects outside of a
+given view's outline. Functions take progress and cancel callbacks and touch no files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,8 +31,12 @@ from ..geometry.mesh import Mesh
 from ..geometry.voxels import hull_field, turn_volume
 from ..images.views import ViewSet
 from ..models.lifting import LiftedStructureFlow, PosedViews
-from ..render.texture import colour_from_views
+from ..models.slat_decoder import SLatMeshDecoder
+from ..models.slat_lifting import LiftedSLatFlow
+from ..render.texture import Fill, colour_from_views
 from ..sampling.flow_euler import Cancelled, flow_euler_sample
+from ..sparse.tensor import SparseTensor
+from .structured import has_second_stage, latents_from_views, mesh_from_latents
 
 VIEW_SIZE = 512  # pixels: what to prepare views at, for the texture's sake
 HULL_SIZE = 256
@@ -46,7 +52,8 @@ Cancel = Callable[[], bool]
 class Settings:
     """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0
     for vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away
-    what projects outside of a view. ensemble: how many poses of the object (turned by quarters, mirrored; 1-8) are
+    what projects outside of a view. second_stage: refine the field with the bundle's second stage; None does where it
+    has one. ensemble: how many poses of the object (turned by quarters, mirrored; 1-8) are
     reconstructed together and averaged: the network is not exactly symmetric, and what it is sure of stays."""
 
     seed: int = 0
@@ -56,6 +63,7 @@ class Settings:
     target_faces: int = 12_000
     keep_silhouettes: bool = True
     ensemble: int = 4
+    second_stage: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,17 @@ def mesh_from_views(
     clock = _Clock(progress or (lambda stage, fraction: None), cancel or (lambda: False))
     with clock.stage("structure", 0.0, 0.45):
         field = structure_from_views(views, bundle, settings, device=device, step=clock.step, cancel=cancel)
-    with clock.stage("surface", 0.45, 0.6):
-        mesh = surface_from_field(field, settings.target_faces)
-    with clock.stage("texture", 0.6, 1.0):
-        mesh = colour_from_views(mesh, views, texture_size=settings.texture_size)
+    if settings.second_stage:
+        with clock.stage("latents", 0.45, 0.6):
+            latents = latents_of(views, field, bundle, settings, device=device, step=clock.step, cancel=cancel)
+        with clock.stage("surface", 0.6, 0.75):
+            mesh = surface_from_latents(latents, field, bundle, settings.target_faces)
+    else:
+        with clock.stage("surface", 0.45, 0.6):
+            mesh = surface_from_field(field, settings.target_faces)
+    with clock.stage("texture", 0.75 if settings.second_stage else 0.6, 1.0):
+        fill: Fill = "diffuse" if mesh.colors is None else "colors"
+        mesh = colour_from_views(mesh, views, texture_size=settings.texture_size, fill=fill)
     return Reconstruction(mesh, field, clock.seconds, views.warnings, settings)
 
 
@@ -197,6 +212,59 @@ def surface_from_field(field: np.ndarray, target_faces: int = 0) -> Mesh:
     return mesh
 
 
+def latents_of(
+    views: ViewSet,
+    field: np.ndarray,
+    bundle: Bundle,
+    settings: Settings,
+    *,
+    device: torch.device | str = "cpu",
+    step: Callable[[float], None] | None = None,
+    cancel: Cancel | None = None,
+) -> SparseTensor:
+    """The second stage's latents for the views and the first stage's ``field`` (R, R, R).
+
+    Raises TriptychError for a bundle without a second stage for posed views.
+    """
+    flow = bundle.network("slat_flow")
+    if not isinstance(flow, LiftedSLatFlow):
+        raise TriptychError(
+            f"the second stage of {bundle.name} was not trained for posed views ({type(flow).__name__}): "
+            "choose a bundle with a LiftedSLatFlow, such as triptych-tiny"
+        )
+    flow = flow.to(device)
+    images = _resize(views.images, flow.image_size).to(device)
+    posed = PosedViews(images, tuple(views.cameras), (len(images),))
+    low_precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=_has_fast_bfloat16(device))
+    with torch.inference_mode(), low_precision:
+        return latents_from_views(
+            posed,
+            field,
+            flow,
+            band=_number(bundle, "active_band", 1.0),
+            seed=settings.seed,
+            steps=int(_number(bundle, "slat_steps", 1)),
+            guidance=_number(bundle, "slat_guidance", 0.0),
+            rescale_t=_number(bundle, "slat_rescale_t", 3.0),
+            step=step,
+            cancel=cancel,
+        )
+
+
+def surface_from_latents(latents: SparseTensor, field: np.ndarray, bundle: Bundle, target_faces: int = 0) -> Mesh:
+    """The mesh of the second stage, with vertex colours, without floating crumbs, decimated to ``target_faces``."""
+    decoder = bundle.network("slat_decoder_mesh").to(latents.device)
+    low_precision = torch.autocast(latents.device.type, torch.bfloat16, enabled=_has_fast_bfloat16(latents.device))
+    with torch.inference_mode(), low_precision:
+        mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, torch.from_numpy(field).to(latents.device))
+    if not len(mesh.faces):
+        raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
+    mesh = keep_components(mesh, min_share=0.02)
+    if target_faces and len(mesh.faces) > target_faces:
+        mesh = decimate(mesh, target_faces)
+    return mesh
+
+
 def _posed(images: torch.Tensor, cameras: Sequence[Camera], poses: Sequence[tuple[int, bool]]) -> PosedViews:
     """The views of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
     pictures, seen_from = [], []
@@ -234,7 +302,10 @@ def _resolved(settings: Settings, bundle: Bundle) -> Settings:
         raise TriptychError(f"the ensemble must be 1-{len(POSES)} poses, got {settings.ensemble}")
     if settings.target_faces and settings.target_faces < 100:
         raise TriptychError(f"the target number of faces must be 0 (all) or at least 100, got {settings.target_faces}")
-    return replace(settings, steps=steps, guidance=guidance)
+    refines = has_second_stage(bundle) if settings.second_stage is None else settings.second_stage
+    if refines and not has_second_stage(bundle):
+        raise TriptychError(f"the bundle {bundle.name} has no second stage: choose another bundle, or leave it out")
+    return replace(settings, steps=steps, guidance=guidance, second_stage=refines)
 
 
 def _number(bundle: Bundle, key: str, default: float) -> float:

@@ -35,7 +35,7 @@ from .views import linear_to_srgb, srgb_to_linear
 if TYPE_CHECKING:
     from ..images.views import ViewSet
 
-Fill = Literal["diffuse", "mirror"]
+Fill = Literal["diffuse", "mirror", "colors"]
 
 SOLID_ALPHA = 0.9  # a pixel of the object; below, its colour mixes with the background and is not used
 INSIDE_ALPHA = 0.4  # a surface point on such a pixel takes the nearest solid colour; below, the view does not show it
@@ -90,17 +90,20 @@ def bake_texture(
 
     mesh: with a one-to-one UV layout in [0, 1]^2 (``geometry.uv.unwrap``), in the frame of the views' cameras.
     size: texels per side, 64-8192. fill: "diffuse" colours unseen parts from their neighbours on the surface; "mirror"
-    first tries the views mirrored left to right, for objects that are symmetric about x = 0.
+    first tries the views mirrored left to right, for objects that are symmetric about x = 0; "colors" takes the mesh's
+    own vertex colours, moved by how much they differ from the views nearby, so that there is no seam.
     Vertex colours and face materials are dropped, for they would multiply the texture.
-    Raises TriptychError: no UV, UV outside [0, 1], a size out of range, no view shows any of the mesh.
+    Raises TriptychError: no UV, UV outside [0, 1], a size out of range, no view shows any of the mesh, no vertex
+    colours to fill with.
     """
     check_texture_size(size)
     corner_uv = _layout(mesh)
     positions, welded = weld_index(mesh.vertices)
-    corners = np.concatenate([corner_uv, corner_normals(mesh)], axis=2)
+    corners = np.concatenate([corner_uv, corner_normals(mesh), _own_colors(mesh, fill)[mesh.faces]], axis=2)
     vertices, faces, corners = _refined(positions, welded[mesh.faces], corners)
     texels, triangle, weights = _uv_texels(corners[..., :2], size)
-    corner_points, normals = torch.from_numpy(vertices[faces]), torch.from_numpy(corners[..., 2:])
+    corner_points, normals = torch.from_numpy(vertices[faces]), torch.from_numpy(corners[..., 2:5])
+    own = _mix(torch.from_numpy(corners[..., 5:]), triangle, weights)
 
     views, mirrored = _posed_views(mesh, viewset, fill)
     colour, confidence = torch.empty(len(texels), 3), torch.empty(len(texels))
@@ -111,10 +114,11 @@ def bake_texture(
     _check_seen(confidence)
 
     index = torch.from_numpy(faces)[triangle]
-    filled = torch.from_numpy(_spread(vertices, faces, index, weights, colour, confidence))
+    filled = torch.from_numpy(_spread(vertices, faces, index, weights, colour - own, confidence))
     for part in _chunks(len(texels)):
         share = confidence[part, None]
-        colour[part] = share * colour[part] + (1 - share) * (filled[index[part]] * weights[part, :, None]).sum(dim=1)
+        unseen = own[part] + (filled[index[part]] * weights[part, :, None]).sum(dim=1)
+        colour[part] = share * colour[part] + (1 - share) * unseen
     report = BakeReport(
         size=size,
         covered_share=len(texels) / size**2,
@@ -143,14 +147,27 @@ def vertex_colours_from_views(mesh: Mesh, viewset: ViewSet, *, fill: Fill = "dif
     colour, confidence = _colour(points, directions, views, mirrored)
     own, sure = _colour(torch.from_numpy(positions), torch.from_numpy(smooth), views, mirrored)
     _check_seen(torch.cat([confidence, sure]))
+    base = np.zeros_like(positions)
+    base[welded] = _own_colors(mesh, fill)
     # Squared twice, a sample counts for its own corner and hardly for the other two.
     index = torch.from_numpy(faces)[triangle]
     if not bool((confidence > 0).any()):
         index, weights, colour, confidence = torch.arange(len(own))[:, None], torch.ones(len(own), 1), own, sure
-    spread = _spread(positions, faces, index, weights**4, colour, confidence)
+    expected = torch.from_numpy(base)[index][:, : weights.shape[1]]
+    expected = (expected * weights[..., None]).sum(dim=1)
+    spread = base + _spread(positions, faces, index, weights**4, colour - expected, confidence)
     result = sure[:, None].numpy() * own.numpy() + (1 - sure[:, None].numpy()) * spread
     colors = np.concatenate([result.clip(0, 1), np.ones((len(result), 1))], axis=1).astype(np.float32)
     return mesh.replace(colors=colors[welded], materials=(), face_materials=None)
+
+
+def _own_colors(mesh: Mesh, fill: Fill) -> np.ndarray:
+    """(V, 3) float32 sRGB: what the fill adds to, the mesh's colours or nothing."""
+    if fill != "colors":
+        return np.zeros((len(mesh.vertices), 3), dtype=np.float32)
+    if mesh.colors is None:
+        raise TriptychError('the mesh has no vertex colours to fill unseen parts with: choose fill "diffuse"')
+    return np.ascontiguousarray(mesh.colors[:, :3], dtype=np.float32)
 
 
 def bake_vertex_colours(mesh: Mesh, size: int = 1024) -> Mesh:
@@ -276,8 +293,8 @@ def _with_texture(mesh: Mesh, texels: torch.Tensor, colour: torch.Tensor, size: 
 
 def _posed_views(mesh: Mesh, viewset: ViewSet, fill: Fill) -> tuple[list[_View], list[_View]]:
     """The views, and for fill="mirror" those seen in a mirror at x = 0 whose direction no view has."""
-    if fill not in ("diffuse", "mirror"):
-        raise TriptychError(f'the fill is "{fill}": choose "diffuse" or "mirror"')
+    if fill not in ("diffuse", "mirror", "colors"):
+        raise TriptychError(f'the fill is "{fill}": choose "diffuse", "mirror" or "colors"')
     images, cameras = viewset.images.detach().float().cpu(), list(viewset.cameras)
     count = len(cameras)
     if fill == "mirror":

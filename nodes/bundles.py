@@ -1,0 +1,141 @@
+"""Weight bundles in the graph; ComfyUI moves their networks between memories."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from ..triptych.errors import TriptychError
+from .paths import checked_name, fingerprint
+from .schema import BundleSocket, schema
+
+if TYPE_CHECKING:
+    from ..triptych.bundles.bundle import Bundle
+
+FOLDER = "triptych"  # the key in folder_paths, and the folder's name under models
+MANIFESTS = ("bundle.json", "pipeline.json")
+EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBundle:
+    """bundle: opened, its networks loaded. patcher: ComfyUI's ModelPatcher over all of them."""
+
+    bundle: Bundle
+    patcher: Any
+
+    def load(self, memory_required: float) -> Any:
+        """Has ComfyUI bring the networks to its device, after freeing memory (bytes) for the work; the device."""
+        from comfy.model_management import load_models_gpu
+
+        load_models_gpu([self.patcher], memory_required=memory_required)
+        return self.patcher.load_device
+
+
+class LoadBundle(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = bundle_names()
+        return schema(
+            "LoadBundle",
+            display_name="Load Triptych bundle",
+            description="Loads a bundle of networks: the one that comes with the pack, or one in models/triptych, or "
+            "one from Hugging Face.",
+            search_aliases=["load model", "checkpoint", "weights", "image to 3d", "triptych-tiny"],
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=names,
+                    default=names[0],
+                    tooltip="A bundle that comes with the pack, or a folder in models/triptych with a bundle.json. "
+                    "triptych-tiny needs no download and runs on a processor.",
+                ),
+                io.String.Input(
+                    "repository",
+                    default="",
+                    optional=True,
+                    tooltip="A Hugging Face id, owner/name. When given, it is downloaded once and used instead of the "
+                    "name above.",
+                ),
+            ],
+            outputs=[BundleSocket.Output("bundle", tooltip="For Reconstruct.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None = None, repository: str | None = None) -> Any:
+        wanted = (repository or "").strip()
+        return wanted or (float("nan") if name is None else state(folder_of(name)))
+
+    @classmethod
+    def validate_inputs(cls, repository: str | None = None) -> bool | str:
+        wanted = (repository or "").strip()
+        if wanted and not _REPOSITORY.fullmatch(wanted):
+            return f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name, or leave it empty"
+        return True
+
+    @classmethod
+    def execute(cls, name: str, repository: str = "") -> io.NodeOutput:
+        from ..triptych.bundles.bundle import load_bundle
+
+        wanted = repository.strip()
+        if wanted and not _REPOSITORY.fullmatch(wanted):  # a linked value is not validated before
+            raise TriptychError(f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name")
+        return io.NodeOutput(opened(load_bundle(wanted) if wanted else load_bundle(folder_of(name))))
+
+
+def opened(bundle: Bundle) -> LoadedBundle:
+    """A bundle with its networks verified, loaded, and known to ComfyUI's memory management."""
+    import torch
+    from comfy import model_management
+    from comfy.model_patcher import ModelPatcher
+
+    networks = torch.nn.ModuleDict({part: bundle.network(part) for part in bundle.manifest.components})
+    device, offload = model_management.get_torch_device(), model_management.unet_offload_device()
+    return LoadedBundle(bundle, ModelPatcher(networks, load_device=device, offload_device=offload))
+
+
+def register_folder() -> None:
+    """Makes models/triptych (and what extra_model_paths.yaml names so) known to ComfyUI."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+
+
+def bundle_names() -> list[str]:
+    """The embedded bundles, then those in the models folders."""
+    found: dict[str, None] = {}
+    for folder in (EMBEDDED, *_model_folders()):
+        if folder.is_dir():
+            found |= {entry.name: None for entry in sorted(folder.iterdir()) if _is_bundle(entry)}
+    return list(found) or ["triptych-tiny"]
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a bundle that ``bundle_names`` lists; models folders come first, as a user may replace ours."""
+    places = [folder / checked_name(name) for folder in (*_model_folders(), EMBEDDED)]
+    for place in places:
+        if _is_bundle(place):
+            return place
+    looked = ", ".join(str(place.parent) for place in places)
+    raise TriptychError(f"no bundle {name!r} found (looked in {looked}): put its folder there, or choose another")
+
+
+def state(folder: Path) -> tuple[Any, ...]:
+    """Changes when a file of the bundle does."""
+    return tuple((path.name, *fingerprint(path)) for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def _model_folders() -> list[Path]:
+    import folder_paths
+
+    return [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def _is_bundle(folder: Path) -> bool:
+    return any((folder / manifest).is_file() for manifest in MANIFESTS)

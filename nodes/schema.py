@@ -1,0 +1,35 @@
+"""Sockets, and what ComfyUI's versions disagree about, in one place.
+
+A socket type of ours carries a value of the library: TRIPTYCH_MESH a ``geometry.mesh.Mesh``, TRIPTYCH_VIEWS an
+``images.views.ViewSet``, TRIPTYCH_BUNDLE a ``bundles.LoadedBundle``. All are immutable, so ComfyUI may cache them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+
+from comfy_api.latest import io
+
+CATEGORY = "Triptych"
+
+BundleSocket = io.Custom("TRIPTYCH_BUNDLE")
+ViewsSocket = io.Custom("TRIPTYCH_VIEWS")
+MeshSocket = io.Custom("TRIPTYCH_MESH")
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+# Shown only on request, where the core can hide inputs.
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
+
+
+def schema(node_id: str, *, search_aliases: Sequence[str] = (), **fields) -> io.Schema:
+    """A schema of this pack: id ``Triptych_<node_id>``, our category, aliases where the core searches by them."""
+    if "search_aliases" in _SCHEMA_FIELDS:
+        fields["search_aliases"] = list(search_aliases)
+    return io.Schema(node_id=f"Triptych_{node_id}", category=CATEGORY, **fields)
+
+
+def mesh_input(name: str, tooltip: str, *, optional: bool = False) -> io.Input:
+    """An input that takes our mesh and core's; ``core_mesh.as_mesh`` makes one of both."""
+    return io.MultiType.Input(name, types=[MeshSocket, io.Mesh], tooltip=tooltip, optional=optional)
