@@ -24,8 +24,9 @@ usage: python run.py demo [IMAGE ...] [--front F] [--left L] [--back B] [--right
            pictures of one object -> textured OBJ, GLB, turntable and viewer.html in DIR (default: out);
            without pictures, views of a small sample object
        python run.py test [pytest arguments]      lint, types and tests; with arguments, only pytest
-       python run.py views|convert|render|inspect|compare|parity ...   the same as python -m triptych ...
+       python run.py views|convert|render|inspect|compare|parity|api ...   the same as python -m triptych ...
        python run.py trainer ...                  the same as python -m trainer ...
+       python run.py web [--force]                builds the viewer, the ComfyUI widget and the studio page
        python run.py clean                        removes .venv
 
 The first run makes .venv beside this file and installs into it; later runs start at once."""
@@ -35,7 +36,7 @@ TORCH_TESTED = "torch==2.13.0"
 TORCH_ANY = "torch>=2.4"
 STAMP = "triptych-stamp.json"
 LOG = "triptych-install.log"
-LIBRARY_COMMANDS = ("demo", "views", "convert", "render", "inspect", "compare", "parity")
+LIBRARY_COMMANDS = ("demo", "views", "convert", "render", "inspect", "compare", "parity", "api")
 
 # What to do about a failed installation, by what its log says.
 REMEDIES = (
@@ -326,6 +327,8 @@ def main(argv: list[str], root: Path | None = None) -> int:
             return run_tests(Setup(root).ensure({"train", "test"}), root, rest)
         if command == "trainer":
             return run([str(Setup(root).ensure({"train"})), "-m", "trainer", *rest])
+        if command == "web":
+            return run([sys.executable, "-m", "triptych.webbuild", *rest], cwd=root)
         if command in LIBRARY_COMMANDS:
             # The user's folder stays the current one: picture names and -o are relative to it.
             return run([str(Setup(root).ensure(set())), "-m", "triptych", command, *rest])

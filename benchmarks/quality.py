@@ -34,7 +34,7 @@ from triptych.geometry.files import read_mesh
 from triptych.geometry.isosurface import isosurface
 from triptych.geometry.mesh import Mesh
 from triptych.geometry.metrics import compare_meshes
-from triptych.geometry.voxels import visual_hull
+from triptych.geometry.voxels import hull_field, visual_hull
 from triptych.images.views import ViewSet
 from triptych.pipelines.reconstruct import (
     DEFAULT_STEPS,
@@ -110,7 +110,9 @@ def evaluate_object(path: Path, bundle: Bundle, counts: list[int], settings: Set
         field = structure_from_views(views, bundle, settings)
         found["stage one" if has_second_stage(bundle) else "network"] = surface_from_field(field)
         if has_second_stage(bundle):
-            found["both stages"] = surface_from_latents(latents_of(views, field, bundle, settings), field, bundle)
+            latents = latents_of(views, field, bundle, settings)
+            hull = hull_field(views.images[:, 3], views.cameras, len(field))
+            found["both stages"] = surface_from_latents(latents, field, bundle, hull=hull)
         result["seconds"][str(count)] = time.perf_counter() - started
         for method, mesh in found.items():
             scores = score(mesh, truth)

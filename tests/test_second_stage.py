@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_bundle import make_field_bundle
 
+from trainer.config import ParameterGroup
 from trainer.join import join_bundles
 from trainer.loop import export, train
 from trainer.prepare.build import BuildOptions
@@ -178,8 +179,20 @@ def test_the_background_is_the_field_between_voxel_centres():
 def test_structures_out_of_bounds_are_refused():
     with pytest.raises(TriptychError, match="nothing solid"):
         active_voxels(np.full((8, 8, 8), -2.0), 1.0)
+    checkers = np.indices((64, 64, 64)).sum(axis=0) % 2 - 0.5
     with pytest.raises(TriptychError, match="262,144 active voxels, 100,000 are allowed"):
-        active_voxels(np.zeros((64, 64, 64)), 1.0)
+        active_voxels(checkers, 1.0)
+
+
+def test_a_flat_field_has_active_voxels_at_its_change_of_sign_only():
+    field = ball(64).numpy() * 0.02  # within the band almost everywhere
+    coords = active_voxels(field, 0.95)
+    distance = np.abs(np.linalg.norm((coords + 0.5) / 64 - 0.5, axis=1) - 0.35) * 64
+    assert distance.max() < 2.5 and len(coords) < 30_000
+    changes = (field > 0)[1:] != (field > 0)[:-1]
+    found = np.zeros((64, 64, 64), bool)
+    found[tuple(coords.T)] = True
+    assert found[1:][changes].all() and found[:-1][changes].all()
 
 
 # ---- training
@@ -245,8 +258,9 @@ def test_a_second_stage_is_trained_exported_and_used(data):
         task_config=SlatFlowConfig(
             data=str(data / "data"), vae=str(data / "vae-bundle"), structure=str(data / "first"), model_channels=32,
             num_blocks=1, num_heads=2, io_channels=16, cond_channels=32, encoder_channels=(16, 24),
-            encoder_blocks=(1, 1), max_voxels=800, validation_objects=1, freeze_encoder=1,
+            encoder_blocks=(1, 1), max_voxels=800, validation_objects=1,
         ),
+        groups=(ParameterGroup("view_encoder.*", lr_factor=0.1, thaw_step=1),),
         **small,
     )  # fmt: skip
     task = SlatFlowTask(flow.task_config)

@@ -11,7 +11,13 @@ from browser import CHROMIUM, SOFTWARE_GL, Browser
 from triptych.errors import TriptychError
 from triptych.geometry.mesh import Material, Mesh
 from triptych.procedural import sample_object
-from triptych.viewer import write_viewer
+from triptych.viewer import export, write_viewer
+
+
+@pytest.fixture(autouse=True)
+def built_in_page(monkeypatch, tmp_path):
+    """These tests are about the page that needs no build; tests/test_widget.py has the one with the built module."""
+    monkeypatch.setattr(export, "BUILT_MODULE", tmp_path / "not" / "built.mjs")
 
 
 def scene_of(page):

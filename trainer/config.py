@@ -23,10 +23,36 @@ from triptych.errors import TriptychError
 _AT_LEAST = {
     0: (
         *("seed", "warmup_steps", "weight_decay", "grad_clip", "workers", "checkpoint_every", "checkpoint_minutes"),
-        *("validate_every", "pictures_every", "early_stop_patience"),
+        *("validate_every", "pictures_every", "early_stop_patience", "max_cost", "memory_gib"),
     ),
     1: ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints", "max_bad_steps"),
 }
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that learn at a rate of their own, or later.
+
+    match: pattern of their full names (``view_encoder.*``; * ? [] as in a shell, * also across dots). A parameter
+    belongs to the first group that matches it; those of none learn at the config's rate from the start.
+    """
+
+    match: str
+    lr_factor: float = 1.0  # times the rate of the schedule
+    thaw_step: int = 0  # frozen before this step; -1: frozen for good
+    warmup_steps: int = 0  # linear, from thaw_step on, beside the warm-up of the schedule
+    weight_decay: float | None = None  # None: the config's
+
+    def __post_init__(self) -> None:
+        if not self.match:
+            raise TriptychError("config: a parameter group needs a pattern in match, got an empty one")
+        if not (math.isfinite(self.lr_factor) and self.lr_factor > 0):
+            raise TriptychError(f"config: lr_factor of the group {self.match!r} must be above 0, got {self.lr_factor}")
+        if self.thaw_step < -1 or self.warmup_steps < 0 or (self.weight_decay is not None and self.weight_decay < 0):
+            raise TriptychError(
+                f"config: the group {self.match!r} needs thaw_step >= -1, warmup_steps >= 0 and weight_decay >= 0, got "
+                f"{self.thaw_step}, {self.warmup_steps} and {self.weight_decay}"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,13 +89,17 @@ class TrainConfig:
     max_bad_steps: int = 10  # non-finite steps in a row before the run stops
     tensorboard: bool = True  # when the package is installed
     init_from: str | None = None  # a .safetensors file, a checkpoint folder or a run folder to start from
+    groups: tuple[ParameterGroup, ...] = ()  # rates and thaw steps by parameter name
+    max_cost: int = 0  # of one backward pass, in units of Task.cost; above 0 batches are balanced (trainer.balance)
+    memory_target: float = 0.0  # share of the device to fill by recomputing few blocks; 0: as the task says
+    memory_gib: float = 0.0  # of the device; 0: what it has. Needed for a memory_target without CUDA
 
     def __post_init__(self) -> None:
         for low, keys in _AT_LEAST.items():
             for key in keys:
                 if not getattr(self, key) >= low:
                     raise TriptychError(f"config: {key} must be at least {low}, got {getattr(self, key)}")
-        for key, high in {"ema_decay": 1.0, "min_lr_ratio": 1.0, "decay_share": 1.0}.items():
+        for key, high in {"ema_decay": 1.0, "min_lr_ratio": 1.0, "decay_share": 1.0, "memory_target": 1.0}.items():
             if not 0 <= getattr(self, key) <= high:
                 raise TriptychError(f"config: {key} must lie in [0, {high:g}], got {getattr(self, key)}")
         if not (math.isfinite(self.lr) and self.lr > 0):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.balance import batch_order
 from trainer.checkpoint import (
     Checkpoint,
     complete_checkpoints,
@@ -32,10 +33,12 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig, build_task, config_hash, config_to_dict
 from trainer.logs import RunLog
+from trainer.memory import memory_controller
 from trainer.names import nearest
 from trainer.optim import (
     Ema,
     build_optimizer,
+    frozen_groups,
     learning_rate,
     load_optimizer_state,
     load_tensors,
@@ -45,7 +48,7 @@ from trainer.optim import (
     set_learning_rate,
     trainable,
 )
-from trainer.order import BatchOrder, SampleOrder, batches, stream_seed
+from trainer.order import batches, stream_seed
 from trainer.parallel import any_process, average_gradients, make_accelerator, mean_over_processes
 from trainer.runs import claim_run_dir, code_version, read_run, run_lock
 from trainer.task import Task
@@ -143,28 +146,24 @@ def _loop(run: Session, log: RunLog, received: list[str]) -> str:
     config, progress, accelerator, model = run.config, run.progress, run.accelerator, run.model
     main = accelerator.is_main_process
     parameters = list(trainable(model).values())
-    order = BatchOrder(
-        SampleOrder(run.task.size(), config.seed),
-        config,
-        progress.step,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    order = batch_order(run.task, config, progress.step, accelerator.process_index, accelerator.num_processes)
+    memory = memory_controller(model, config, accelerator.device)
     clock = Clock(run)
     ended, failure = None, None
     model.train()
     with batches(run.task, order, config.workers, accelerator.device) as supply:
         while True:
             step = progress.step
-            set_learning_rate(run.optimizer, learning_rate(step, config))
+            set_learning_rate(run.optimizer, learning_rate(step, config), step)
             totals: dict[str, torch.Tensor] = {}
-            for part in range(config.accumulation):
+            for part in order.parts(step):
                 batch = next(supply)
-                torch.manual_seed(stream_seed(config.seed, "loss", order.first_sample(step, part)))
-                with autocast(config, accelerator.device):
-                    loss, extras = run.task.loss(model, batch, step)
-                (loss / config.accumulation).backward()
-                _add(totals, {"loss": loss, **extras}, 1 / config.accumulation)
+                torch.manual_seed(stream_seed(config.seed, "loss", part.samples[0]))
+                with frozen_groups(run.optimizer, step), memory.watching(part.cost):
+                    with autocast(config, accelerator.device):
+                        loss, extras = run.task.loss(model, batch, step)
+                    (loss * part.share).backward()
+                _add(totals, {"loss": loss, **extras}, part.share)
             average_gradients(accelerator, parameters)
             totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
             scalars = mean_over_processes(accelerator, totals)
@@ -175,7 +174,8 @@ def _loop(run: Session, log: RunLog, received: list[str]) -> str:
             progress.count_step(config, scalars, finite)
 
             if _due(progress.step, config.log_every, config):
-                log.train_line(progress.step, progress.end_interval(), clock.read(learning_rate(step, config)))
+                clock_line = clock.read(learning_rate(step, config)) | memory.report()
+                log.train_line(progress.step, progress.end_interval(), clock_line)
             if main:
                 improved = _due(progress.step, config.validate_every, config) and _validate(run, log)
                 if _due(progress.step, config.pictures_every, config):

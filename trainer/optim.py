@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
-from trainer.config import TrainConfig
+from trainer.config import ParameterGroup, TrainConfig
 from triptych.errors import TriptychError
 
 Tensors = dict[str, torch.Tensor]
@@ -61,25 +63,73 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on parameters with two or more axes only (not on biases and norms)."""
+    """AdamW, in groups as the config has them; weight decay on parameters with two or more axes only (not on biases and
+    norms). TriptychError where nothing can be trained at the first step, or a group matches nothing."""
     parameters = trainable(model)
     if not parameters:
         raise TriptychError(
             f"task {config.task!r}: no parameter of the model requires gradients, nothing can be trained"
         )
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for rule, members in grouped(parameters, config.groups):
+        decay = config.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        for matrices in (True, False):
+            params = [p for p in members if (p.ndim >= 2) == matrices]
+            groups.append({"params": params, "weight_decay": decay if matrices else 0.0, "rule": rule})
+    groups = [group for group in groups if group["params"]]
+    if all(_is_frozen(group["rule"], 0) for group in groups):
+        raise TriptychError("config: the groups freeze every parameter at step 0: give one of them thaw_step 0")
     fused = all(p.is_cuda for p in parameters.values())
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=fused
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def grouped(
+    parameters: dict[str, torch.nn.Parameter], rules: tuple[ParameterGroup, ...]
+) -> list[tuple[ParameterGroup | None, list[torch.nn.Parameter]]]:
+    """The parameters of each rule, and first (None) those of no rule. TriptychError for a rule without any."""
+    members: list[list[torch.nn.Parameter]] = [[] for _ in rules]
+    others: list[torch.nn.Parameter] = []
+    for name, parameter in parameters.items():
+        place = next((i for i, rule in enumerate(rules) if fnmatchcase(name, rule.match)), None)
+        (others if place is None else members[place]).append(parameter)
+    for rule, found in zip(rules, members, strict=True):
+        if not found:
+            raise TriptychError(
+                f"config: the group {rule.match!r} matches no trainable parameter that no earlier group has; "
+                f"one of them is {next(iter(parameters))!r}"
+            )
+    return [(None, others), *zip(rules, members, strict=True)]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, step: int = 0) -> None:
+    """Sets the rate of every group for optimizer step ``step``, given that of the schedule."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        rule: ParameterGroup | None = group.get("rule")
+        group["lr"] = rate if rule is None else rate * rule.lr_factor * _warmth(rule, step)
+
+
+def _is_frozen(rule: ParameterGroup | None, step: int) -> bool:
+    return rule is not None and (rule.thaw_step < 0 or step < rule.thaw_step)
+
+
+def _warmth(rule: ParameterGroup, step: int) -> float:
+    return min(1.0, max(0, step - rule.thaw_step + 1) / rule.warmup_steps) if rule.warmup_steps else 1.0
+
+
+@contextmanager
+def frozen_groups(optimizer: torch.optim.Optimizer, step: int) -> Iterator[None]:
+    """Inside the block the parameters of groups that are not thawed yet require no gradients, and get none.
+
+    Afterwards they do again, so that checkpoints and the EMA hold the same tensors all the time.
+    """
+    frozen = [p for group in optimizer.param_groups if _is_frozen(group.get("rule"), step) for p in group["params"]]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

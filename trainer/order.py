@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,19 @@ def stream_seed(seed: int, stream: str, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class Part(NamedTuple):
+    """One backward pass of one process.
+
+    samples: global sample numbers. share: of what the process computes in this step, by count; the shares of a step
+    average to 1 / parts over the processes, so weighted means are means over the whole batch. cost: what it costs, in
+    units of Task.cost where batches are balanced, else samples.
+    """
+
+    samples: Sequence[int]
+    share: float
+    cost: int
+
+
 class SampleOrder:
     """Global sample number -> (object index, sample seed)."""
 
@@ -36,15 +49,23 @@ class SampleOrder:
             raise TriptychError("the task has no training samples: check its data folder and split")
         self.size = size
         self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def arrange(self, epoch: int, generator: np.random.Generator) -> np.ndarray:
+        """The objects of an epoch in their order, (size,) int64."""
+        return generator.permutation(self.size)
 
     def __call__(self, g: int) -> tuple[int, int]:
+        return self.index(g), stream_seed(self.seed, "sample", g)
+
+    def index(self, g: int) -> int:
+        """The object of sample ``g``."""
         epoch, position = divmod(g, self.size)
-        if epoch != self._epoch:
-            generator = np.random.default_rng(stream_seed(self.seed, "epoch", epoch))
-            self._permutation, self._epoch = generator.permutation(self.size), epoch
-        return int(self._permutation[position]), stream_seed(self.seed, "sample", g)
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:  # the data processes run ahead, by less than an epoch
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = self.arrange(epoch, np.random.default_rng(stream_seed(self.seed, "epoch", epoch)))
+        return int(self._epochs[epoch][position])
 
 
 class BatchOrder:
@@ -67,11 +88,15 @@ class BatchOrder:
         """The global number of the first sample of backward pass ``part`` of ``step`` in this process."""
         return step * self.config.batch_size + self.offset + part * self.size
 
+    def parts(self, step: int) -> list[Part]:
+        """The backward passes of this process in one step, in order."""
+        firsts = [self.first_sample(step, part) for part in range(self.config.accumulation)]
+        return [Part(range(g, g + self.size), 1 / len(firsts), self.size) for g in firsts]
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.first_step, self.config.steps):
-            for part in range(self.config.accumulation):
-                first = self.first_sample(step, part)
-                yield [self.order(g) for g in range(first, first + self.size)]
+            for part in self.parts(step):
+                yield [self.order(g) for g in part.samples]
 
 
 class _Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -13,11 +13,13 @@ from trainer.names import import_named
 from triptych.errors import TriptychError
 
 Recipe = Callable[[], TrainConfig]
-# Recipes of the second stage live in a file of their own; naming them imports nothing.
+# Recipes of the second stage and of the published shape live in files of their own; naming them imports nothing.
 RECIPES: dict[str, str] = {
     name: f"trainer.recipes_slat:{name}"
     for name in ("slat_vae_tiny", "slat_flow_tiny", "mesh_decoder_tiny", "slat_vae_large", "mesh_decoder_large")
 }
+_LARGE = ("structure_flow_large", "slat_flow_large", "large_multiview_lora")
+RECIPES |= {name: f"trainer.recipes_large:{name}" for name in _LARGE}
 
 
 def recipe(function: Recipe) -> Recipe:

@@ -75,6 +75,8 @@ def check_resume(old: TrainConfig, new: TrainConfig) -> list[str]:
             raise TriptychError(
                 f"--set {key}: a run keeps its {key} ({getattr(old, key)!r}); start a new run with init_from instead"
             )
+    if bool(old.max_cost) != bool(new.max_cost):
+        raise TriptychError("--set max_cost: batches by cost and by number have another order; start a new run instead")
     return changed
 
 

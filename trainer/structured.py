@@ -93,6 +93,11 @@ class StructuredData:
         return {key: handle.get_slice(key)[row] for key in ("albedo", "normal")}
 
 
+def capped(voxels: int, limit: int) -> int:
+    """What a sample of so many voxels costs under a limit, 0 for none."""
+    return min(voxels, limit) if limit else voxels
+
+
 def decode_attributes(attributes: Tensor) -> Tensor:
     """(..., 10) uint8 -> float32: colour -1..1, outward normal, offset to the surface in voxels, coverage 0-1."""
     values = attributes.float() / 127.5 - 1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.data import Recolouring, draw_recolouring, mirrored, quarter_turn, relight
 from trainer.prepare.predicted import PredictedFields
-from trainer.structured import StructuredData, decode_attributes, symmetric_attributes, symmetric_coords
+from trainer.structured import StructuredData, capped, decode_attributes, symmetric_attributes, symmetric_coords
 from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, rig_cameras
@@ -43,14 +43,13 @@ _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 @dataclass(frozen=True)
 class SlatFlowConfig:
     """data: a prepared folder with second-stage arrays and predicted fields. vae: a folder that slat_vae exported.
-    structure: a bundle whose structure flow lends its view encoder as a start, None for a fresh one. freeze_encoder:
-    the view encoder learns only from this step on (0: from the start, -1: never). active_band: half width of the active
-    set, in voxels. max_voxels: of one sample, 0 for all. drop_condition: share of samples without pictures."""
+    structure: a bundle whose structure flow lends its view encoder as a start, None for a fresh one (the config's
+    ``groups`` freeze it and thaw it later). active_band: half width of the active set, in voxels. max_voxels: of one
+    sample, 0 for all. drop_condition: share of samples without pictures."""
 
     data: str
     vae: str
     structure: str | None = None
-    freeze_encoder: int = 0
     model_channels: int = 192
     num_blocks: int = 4
     num_heads: int = 4
@@ -118,8 +117,6 @@ class SlatFlowTask:
         model.set_latent_statistics(torch.tensor(statistics["mean"]), torch.tensor(statistics["std"]))
         if self.config.structure:
             lend_encoder(model, load_bundle(self.config.structure))
-        if self.config.freeze_encoder < 0:
-            model.view_encoder.requires_grad_(False)
         return model
 
     def setup(self, device: torch.device) -> None:
@@ -146,6 +143,10 @@ class SlatFlowTask:
 
     def size(self) -> int:
         return len(self.data)
+
+    def cost(self, index: int) -> int:
+        """About how many voxels the sample has: what balanced batches count."""
+        return capped(self.data.voxels(index), self.config.max_voxels)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         generator = np.random.default_rng(seed)
@@ -231,8 +232,6 @@ class SlatFlowTask:
     # ---- loss
 
     def loss(self, model: LiftedSLatFlow, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Any]]:
-        if self.config.freeze_encoder > 0:
-            model.view_encoder.requires_grad_(step >= self.config.freeze_encoder)
         x_0 = self.latents(model, batch)
         owner = batch["coords"][:, 0].long()
         time = batch["time"][owner]

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.losses import LossWeights, WeightConfig, kl_loss
-from trainer.structured import FINE_BAND, StructuredData, decode_attributes, draw_sample, join_samples
+from trainer.structured import FINE_BAND, StructuredData, capped, decode_attributes, draw_sample, join_samples
 from trainer.tasks.mesh_supervision import (
     NEAR,
     RENDERED,
@@ -136,6 +136,10 @@ class MeshTask:
 
     def size(self) -> int:
         return len(self.data)
+
+    def cost(self, index: int) -> int:
+        """About how many voxels the sample has: what balanced batches count."""
+        return capped(self.data.voxels(index), self.config.max_voxels)
 
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         config, generator = self.config, np.random.default_rng(seed)

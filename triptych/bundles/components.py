@@ -14,6 +14,7 @@ CLASSES = {
     "SparseStructureDecoder": "triptych.models.structure_vae",
     "SparseStructureFlowModel": "triptych.models.structure_flow",
     "LiftedStructureFlow": "triptych.models.lifting",
+    "LiftedPublishedFlow": "triptych.models.lifted_published",
     "LiftedSLatFlow": "triptych.models.slat_lifting",
     "SLatEncoder": "triptych.models.slat_encoder",
     "SLatFlowModel": "triptych.models.slat_flow",

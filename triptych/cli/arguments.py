@@ -36,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _add_inspect(commands)
     _add_compare(commands)
     _add_parity(commands)
+    _add_api(commands)
     return parser.parse_args(argv)
 
 
@@ -96,6 +97,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="poses of the object, 1-8, whose results are averaged: fewer are faster (default: 4)",
     )
     parser.add_argument("--guidance", type=float, help="guidance strength (default: the bundle's)")
+    parser.add_argument("--first-stage-only", action="store_true", help="the first stage's surface, without the second")
+    parser.add_argument(
+        "--multi-view",
+        choices=("stochastic", "multidiffusion", "concat", "lifting"),
+        help="how a published bundle sees several pictures (default: one after the other, stochastic)",
+    )
     parser.add_argument(
         "--texture-size",
         type=_whole(0, 8192),
@@ -201,6 +208,50 @@ def _add_parity(commands: argparse._SubParsersAction) -> None:
     parity.add_argument("files", type=Path, nargs="+", metavar="FILE")
 
 
+def _add_api(commands: argparse._SubParsersAction) -> None:
+    api = commands.add_parser(
+        "api",
+        help="a workflow on one or several ComfyUI servers -> its files here",
+        description="Queues a ComfyUI workflow, in API form or as the editor saves it, follows it and downloads what "
+        "it makes. Ctrl-C cancels the job. Prints a JSON summary.",
+    )
+    api.add_argument("workflow", type=Path, metavar="WORKFLOW", help="a JSON file, such as one of workflows/")
+    api.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a picture or mesh for the node with this title or id, as in front=chair.png; what an OBJ or glTF refers "
+        "to travels with it; may be repeated",
+    )
+    api.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=VALUE",
+        help="a setting of the node with this title, id or class, as in Reconstruct.seed=7; may be repeated",
+    )
+    api.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NODE",
+        help="leave a node out, such as the loader of a view that you do not have; may be repeated",
+    )
+    api.add_argument(
+        "--server",
+        action="append",
+        metavar="URL",
+        help="default: http://127.0.0.1:8188; may be repeated: the job goes to the one with the shortest queue",
+    )
+    api.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the files go")
+    api.add_argument("--overwrite", action="store_true", help="replace files of the same names")
+    api.add_argument("--no-previews", action="store_true", help="leave out what the server keeps for show only")
+    api.add_argument("--timeout", type=_seconds, metavar="S", help="cancel the job when it takes longer")
+    api.add_argument("--print-api", action="store_true", help="print the API form instead of queueing it")
+    api.add_argument("--quiet", action="store_true", help="no progress")
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number in [low, high]."""
 
@@ -214,6 +265,16 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
 
 
 def _formats(text: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from .output import Export, free_number
 from .report import Progress, heard_warnings, to_json, warn, write_summary
 
 if TYPE_CHECKING:
+    from ..bundles.bundle import Bundle
     from ..geometry.mesh import Mesh
 
 TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
@@ -134,44 +136,27 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
     """The whole job; its summary. The folder is tried first: nobody waits for a mesh that cannot be kept."""
     with heard_warnings() as heard, Export(wanted.folder, overwrite=args.overwrite) as export:
         from ..bundles.bundle import load_bundle
-        from ..images.views import prepare_views
-        from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views, networks
+        from ..bundles.published import PublishedBundle
 
         device = _device(args.device)
         bundle = load_bundle(args.bundle)
         with Progress(args.quiet) as progress:
             clock = _Clock(progress)
-            with clock.stage("prepare", 0.0, 0.1):
-                pictures, labels, name = _read_views(args, wanted.sample)
-                view_set = prepare_views(dict(pictures.items()), size=VIEW_SIZE, foreground=args.foreground)
-            with clock.stage("load", 0.1, _PIPELINE[0]):
-                networks(bundle)  # loads, and so checks, what the main job uses
-            settings = Settings(
-                seed=args.seed,
-                steps=args.steps,
-                guidance=args.guidance,
-                texture_size=args.texture_size,
-                target_faces=args.faces,
-                ensemble=args.ensemble,
-            )
-            made = mesh_from_views(view_set, bundle, settings, device=device, progress=clock.pipeline)
-            clock.seconds.update(made.timings_s)
+            pictures, labels, name = _read_views(args, wanted.sample)
+            reconstruct = _from_published if isinstance(bundle, PublishedBundle) else _from_posed_views
+            made = reconstruct(args, bundle, pictures, device, clock)
             with clock.stage("write", _PIPELINE[1], 1.0):
                 files = _write(export, wanted, made.mesh, wanted.stem or name, pictures)
-        for sentence in dict.fromkeys((*view_set.warnings, *made.warnings)):
+        for sentence in dict.fromkeys(made.warnings):
             heard.append(sentence)
             warn(sentence)
         summary = {
             "files": [str(path) for path in files],
-            "views": {view: str(labels[view]) for view in view_set.names},
+            "views": {view: str(labels[view]) for view in made.views},
             "vertices": len(made.mesh.vertices),
             "faces": len(made.mesh.faces),
             "bundle": bundle.name,
-            "seed": made.settings.seed,
-            "steps": made.settings.steps,
-            "guidance": made.settings.guidance,
-            "ensemble": made.settings.ensemble,
-            "texture_size": made.settings.texture_size,
+            **made.settings,
             "device": device,
             "timings_s": clock.total(),
             "warnings": heard,
@@ -179,6 +164,75 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         if args.json is not None:
             write_summary(summary, args.json)
         return summary
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A mesh, the views that were used, the settings that it was made with, and sentences for the user."""
+
+    mesh: Mesh
+    views: tuple[str, ...]
+    settings: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def _from_posed_views(
+    args: argparse.Namespace, bundle: Bundle, pictures: dict[str, Any], device: str, clock: _Clock
+) -> _Made:
+    """With a bundle that was trained for the view rig."""
+    from ..images.views import prepare_views
+    from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views, networks
+
+    if args.multi_view not in (None, "lifting"):
+        raise UsageError(
+            f"--multi-view {args.multi_view} is for published bundles: {bundle.name} was trained to look at several "
+            "views at once, so leave it out"
+        )
+    with clock.stage("prepare", 0.0, 0.1):
+        view_set = prepare_views(dict(pictures.items()), size=VIEW_SIZE, foreground=args.foreground)
+    with clock.stage("load", 0.1, _PIPELINE[0]):
+        networks(bundle)  # loads, and so checks, what the main job uses
+    settings = Settings(
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        texture_size=args.texture_size,
+        target_faces=args.faces,
+        ensemble=args.ensemble,
+        second_stage=False if args.first_stage_only else None,
+    )
+    made = mesh_from_views(view_set, bundle, settings, device=device, progress=clock.pipeline)
+    clock.seconds.update(made.timings_s)
+    names = ("seed", "steps", "guidance", "ensemble", "texture_size", "second_stage")
+    used = {name: getattr(made.settings, name) for name in names}
+    return _Made(made.mesh, tuple(view_set.names), used, (*view_set.warnings, *made.warnings))
+
+
+def _from_published(
+    args: argparse.Namespace, bundle: Bundle, pictures: dict[str, Any], device: str, clock: _Clock
+) -> _Made:
+    """With a published TRELLIS bundle: pictures without cameras; the result has vertex colours."""
+    from ..images.published import published_pictures
+    from ..pipelines.memory import memory_table
+    from ..pipelines.published import PublishedSettings, Sampling, mesh_from_pictures
+
+    with clock.stage("prepare", 0.0, 0.1):
+        prepared, notes = published_pictures(list(pictures.values()), foreground=args.foreground)
+    sampling = Sampling(steps=args.steps, guidance=args.guidance)
+    settings = PublishedSettings(
+        seed=args.seed,
+        structure=sampling,
+        slat=sampling,
+        multi_view=args.multi_view or PublishedSettings().multi_view,
+        target_faces=args.faces,
+    )
+    made = mesh_from_pictures(prepared, bundle, settings, device=device, progress=clock.pipeline)
+    clock.seconds.update(made.timings_s)
+    if not args.quiet:
+        print(memory_table(made.memory), file=sys.stderr)
+    used: dict[str, Any] = {"seed": made.settings.seed, "steps": made.settings.structure.steps}
+    used |= {"guidance": made.settings.structure.guidance, "multi_view": made.settings.multi_view}
+    return _Made(made.mesh, tuple(pictures), used, (*notes, *made.warnings))
 
 
 def _device(choice: str) -> str:

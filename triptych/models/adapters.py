@@ -30,7 +30,7 @@ from ..geometry.files import write_files
 FORMAT = "triptych-adapter-1"
 A, B = ".lora_A.weight", ".lora_B.weight"
 # Every matrix of the attentions and of the MLP of a transformer block.
-ATTENTION_AND_MLP = ("*.to_qkv", "*.to_out", "*.to_q", "*.to_kv", "*.mlp.0", "*.mlp.2")
+ATTENTION_AND_MLP = tuple(f"blocks.*.{name}" for name in ("to_qkv", "to_out", "to_q", "to_kv", "mlp.0", "mlp.2"))
 
 
 class _Int8Linear(torch.autograd.Function):
@@ -55,8 +55,9 @@ class LoraLinear(nn.Linear):
             raise ValueError(f"rank {rank} must lie in 1..{min(base.in_features, base.out_features)}")
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=False)
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = None if base.bias is None else base.bias.requires_grad_(False)
+        base.requires_grad_(False)
+        self.weight = base.weight
+        self.bias = base.bias
         self.scale = alpha / rank
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
@@ -187,10 +188,8 @@ def merge_adapter(network: nn.Module, adapter: Adapter, *, base: str, strength: 
         wanted = [adapter.tensors[name + B].shape[0], adapter.tensors[name + A].shape[1]]
         if name not in layers:
             raise TriptychError(f"{other}, which has no layer {name}: choose the adapter's own base")
-        if list(layers[name].weight.shape) != wanted:
-            raise TriptychError(
-                f"{other}, whose {name} is {list(layers[name].weight.shape)} and not {wanted}: choose the adapter's own base"
-            )
+        if (found := list(layers[name].weight.shape)) != wanted:
+            raise TriptychError(f"{other}, whose {name} is {found} and not {wanted}: choose the adapter's own base")
     for name in adapter.layers():
         weight = layers[name].weight
         a, b = (adapter.tensors[name + part].to(weight.device).float() for part in (A, B))

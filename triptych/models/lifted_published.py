@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import CrossAttention
 from .lifting import GEOMETRY, Lift, PosedViews, ViewEncoder, block_points, waves
 from .structure_flow import SparseStructureFlowModel
 
@@ -50,7 +51,9 @@ class PublishedViews:
         keep = (~drop).to(self.context.dtype)
         lengths = torch.tensor(self.context_lengths, device=keep.device)
         context = self.context * keep.repeat_interleave(lengths)[None, :, None]
-        return replace(self, context=context, lifted_BLC=self.lifted_BLC * keep[:, None, None].to(self.lifted_BLC.dtype))
+        return replace(
+            self, context=context, lifted_BLC=self.lifted_BLC * keep[:, None, None].to(self.lifted_BLC.dtype)
+        )
 
 
 def to_world(points: Tensor) -> Tensor:
@@ -102,10 +105,10 @@ class LiftedPublishedFlow(SparseStructureFlowModel):
         """New lifting around a published network, whose layers are shared, not copied. lifting: its arguments."""
         position = network.pos_emb.shape[-1]
         out = network.out_layer.out_features // network.patch_size**3
-        context = next(m.to_kv.in_features for m in network.modules() if hasattr(m, "to_kv"))
+        context = next(m.to_kv.in_features for m in network.modules() if isinstance(m, CrossAttention))
         model = cls(
             resolution=network.resolution, in_channels=network.in_channels, model_channels=position,
-            cond_channels=int(context), out_channels=out, num_blocks=0, patch_size=network.patch_size,
+            cond_channels=context, out_channels=out, num_blocks=0, patch_size=network.patch_size,
             share_mod=network.share_mod, **lifting,
         )  # fmt: skip
         for name, child in network.named_children():
@@ -131,7 +134,8 @@ class LiftedPublishedFlow(SparseStructureFlowModel):
         size = self.image_size
         if views.images.shape[1:] != (4, size, size) or len(tokens) != len(views.images):
             raise ValueError(
-                f"views are {tuple(views.images.shape)} with {len(tokens)} sets of tokens, expected (N, 4, {size}, {size})"
+                f"views are {tuple(views.images.shape)} with {len(tokens)} sets of tokens, expected (N, 4, {size}, "
+                f"{size})"
             )
         _, features, _ = self.view_encoder.pyramid(views.images)
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(tokens.device)
@@ -185,6 +189,10 @@ class LiftedPublishedFlow(SparseStructureFlowModel):
         h = self.embed(x) + cond.lifted_BLC
         lengths = [h.shape[1]] * len(h)
         packed = self.run_blocks(
-            h.flatten(0, 1)[None], self.t_embedder(t), cond.context, lengths=lengths, context_lengths=cond.context_lengths
+            h.flatten(0, 1)[None],
+            self.t_embedder(t),
+            cond.context,
+            lengths=lengths,
+            context_lengths=cond.context_lengths,
         )
         return self.to_grid(self.head(packed.view(h.shape)).type(x.dtype))

@@ -72,6 +72,7 @@ class SparseStructureFlowModel(nn.Module):
         self.out_channels = out_channels
         self.patch_size = patch_size
         self.use_checkpoint = use_checkpoint
+        self.recompute_blocks: int | None = None  # this many of the first blocks; None: as use_checkpoint says
         self.share_mod = share_mod
         self.dtype = torch.float32
 
@@ -147,8 +148,11 @@ class SparseStructureFlowModel(nn.Module):
         dtype = self.torso_dtype(h.device)
         mod = (self.adaLN_modulation(t_emb) if self.share_mod else t_emb).type(dtype)
         tokens, context = h.flatten(0, 1).type(dtype), context.flatten(0, 1).type(dtype)
-        for block in cast("list[ModulatedTransformerCrossBlock]", self.blocks):
-            if self.use_checkpoint and self.training:
+        every = len(self.blocks) if self.use_checkpoint else 0
+        count = every if self.recompute_blocks is None else self.recompute_blocks
+        recomputed = count if self.training and torch.is_grad_enabled() else 0
+        for number, block in enumerate(cast("list[ModulatedTransformerCrossBlock]", self.blocks)):
+            if number < recomputed:
                 tokens = checkpoint(block.forward_runs, tokens, mod, context, runs, use_reentrant=False)
             else:
                 tokens = block.forward_runs(tokens, mod, context, runs)

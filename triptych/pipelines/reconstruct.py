@@ -101,7 +101,9 @@ def mesh_from_views(
         with clock.stage("latents", 0.45, 0.6):
             latents = latents_of(views, field, bundle, settings, device=device, step=clock.step, cancel=cancel)
         with clock.stage("surface", 0.6, 0.75):
-            mesh = surface_from_latents(latents, field, bundle, settings.target_faces)
+            masks = _resize(views.images, HULL_SIZE)[:, 3] if settings.keep_silhouettes else None
+            hull = None if masks is None else hull_field(masks, views.cameras, len(field))
+            mesh = surface_from_latents(latents, field, bundle, settings.target_faces, hull)
     else:
         with clock.stage("surface", 0.45, 0.6):
             mesh = surface_from_field(field, settings.target_faces)
@@ -251,12 +253,19 @@ def latents_of(
         )
 
 
-def surface_from_latents(latents: SparseTensor, field: np.ndarray, bundle: Bundle, target_faces: int = 0) -> Mesh:
-    """The mesh of the second stage, with vertex colours, without floating crumbs, decimated to ``target_faces``."""
+def surface_from_latents(
+    latents: SparseTensor, field: np.ndarray, bundle: Bundle, target_faces: int = 0, hull: np.ndarray | None = None
+) -> Mesh:
+    """The mesh of the second stage, with vertex colours, without floating crumbs, decimated to ``target_faces``.
+
+    hull (R, R, R): what the silhouettes allow (``hull_field``), by which the mesh is cut; None leaves it whole.
+    """
     decoder = bundle.network("slat_decoder_mesh").to(latents.device)
     low_precision = torch.autocast(latents.device.type, torch.bfloat16, enabled=_has_fast_bfloat16(latents.device))
     with torch.inference_mode(), low_precision:
-        mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, torch.from_numpy(field).to(latents.device))
+        allowed = None if hull is None else torch.from_numpy(hull).to(latents.device)
+        known = torch.from_numpy(np.ascontiguousarray(field)).to(latents.device)
+        mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, known, allowed)
     if not len(mesh.faces):
         raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
     mesh = keep_components(mesh, min_share=0.02)

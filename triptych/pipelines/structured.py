@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ..bundles.bundle import Bundle
@@ -26,6 +27,7 @@ from ..sampling.flow_euler import flow_euler_sample
 from ..sparse.tensor import SparseTensor
 
 FINE_BAND = 4.0  # fine voxels: the unit of the tiny decoder's signed distance
+FLAT_VOXELS = 30_000  # more than a surface of 64^3 has, but for the most crinkled ones
 MAX_VOXELS = 100_000
 
 
@@ -35,11 +37,21 @@ def has_second_stage(bundle: Bundle) -> bool:
 
 
 def active_voxels(field: np.ndarray, band: float) -> np.ndarray:
-    """(N, 3) int32 voxels within ``band`` voxels of the surface of ``field`` (R, R, R).
+    """(N, 3) int32 voxels where ``field`` (R, R, R) is within ``band`` voxels of its surface.
 
-    Raises TriptychError when there are none, or more than a machine should be asked for.
+    A first stage that is unsure (one view) is flat around zero over a wide region: then only voxels next to a change of
+    sign count. Raises TriptychError when there are none, or more than a machine should be asked for.
     """
-    coords = np.argwhere(np.abs(field) < band).astype(np.int32)
+    near = np.abs(field) < band
+    if near.sum() > FLAT_VOXELS:
+        inside = field > 0
+        changes = np.zeros_like(inside)
+        for axis in range(3):
+            step = np.diff(inside, axis=axis)
+            for pad in ((1, 0), (0, 1)):
+                changes |= np.pad(step, [pad if k == axis else (0, 0) for k in range(3)])
+        near &= ndimage.binary_dilation(changes)
+    coords = np.argwhere(near).astype(np.int32)
     if not len(coords):
         raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
     if len(coords) > MAX_VOXELS:
@@ -88,14 +100,21 @@ def latents_from_views(
     return found.replace(flow.denormalize(found.feats.float()))
 
 
-def mesh_from_latents(decoder: SLatMeshDecoder, latents: SparseTensor, field: Tensor) -> Mesh:
-    """The closed mesh of one sample's latents, vertex-coloured, in model space; field (R, R, R), positive inside."""
+def mesh_from_latents(
+    decoder: SLatMeshDecoder, latents: SparseTensor, field: Tensor, hull: Tensor | None = None
+) -> Mesh:
+    """The closed mesh of one sample's latents, vertex-coloured, in model space.
+
+    field (R, R, R): the first stage's, in voxels, positive inside. hull: the same of what the silhouettes allow, by
+    which the mesh is cut; None leaves it whole.
+    """
     features = decoder(latents)
     side = features.resolution or latents.resolution
     assert side is not None
     scale = side / field.shape[0] / FINE_BAND
     background = (lattice_background(field.float(), side) * scale).clamp(-1, 1)
-    found = features_to_closed_mesh(features.coords[:, 1:], features.feats.float(), side, background)
+    limit = None if hull is None else (lattice_background(hull.float(), side) * scale).clamp(-1, 1)
+    found = features_to_closed_mesh(features.coords[:, 1:], features.feats.float(), side, background, limit)
     colors = None
     if found.vertex_attrs is not None:
         rgb = found.vertex_attrs[:, :3].float().cpu().numpy()

@@ -1,8 +1,10 @@
 """Meshes -> one ``viewer.html`` that opens anywhere, without a network.
 
-The page is ``template.html`` (our WebGL2 viewer) with the objects put into it: little-endian typed arrays in base64,
-textures as PNG data URIs. It shows the base colour (texture, vertex colour, factor), metallic and roughness factors.
-Not shown: normal maps, metallic-roughness textures and transparency; the mesh files keep them.
+The objects are put into the page as little-endian typed arrays in base64, textures as PNG data URIs. Where the web part
+has been built (``python run.py web``) the page holds the same viewer module as the ComfyUI node and the studio page;
+elsewhere it is ``template.html``, a smaller WebGL2 viewer that needs no build. Both show the base colour (texture,
+vertex colour, factor), metallic and roughness factors. Not shown: normal maps, metallic-roughness textures and
+transparency; the mesh files keep them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from ..errors import TriptychError
 from ..geometry.mesh import Material, Mesh
 
 TEMPLATE = Path(__file__).with_name("template.html")
-TITLE_MARK, SCENE_MARK = "__TRIPTYCH_TITLE__", "__TRIPTYCH_SCENE__"
+MODULE_PAGE = Path(__file__).with_name("module_page.html")
+BUILT_MODULE = Path(__file__).resolve().parents[2] / "web" / "dist" / "viewer.mjs"
+TITLE_MARK, SCENE_MARK, MODULE_MARK = "__TRIPTYCH_TITLE__", "__TRIPTYCH_SCENE__", "__TRIPTYCH_MODULE__"
 
 
 def write_viewer(
@@ -47,10 +51,21 @@ def write_viewer(
 
 def render_page(scene: dict[str, Any], title: str) -> str:
     """The page's text. The scene is JSON inside a script element, so "<" is written as an escape."""
-    before, rest = TEMPLATE.read_text(encoding="utf-8").split(SCENE_MARK)
-    page_title = html.escape(title)
+    module = built_module()
+    page = (TEMPLATE if module is None else MODULE_PAGE).read_text(encoding="utf-8")
+    before, rest = (part.replace(TITLE_MARK, html.escape(title)) for part in page.split(SCENE_MARK))
     data = json.dumps(scene, separators=(",", ":")).replace("<", "\\u003c")
-    return before.replace(TITLE_MARK, page_title) + data + rest.replace(TITLE_MARK, page_title)
+    return before + data + (rest if module is None else rest.replace(MODULE_MARK, module))
+
+
+def built_module() -> str | None:
+    """The built viewer module as text that may stand in a script element; None where it has not been built."""
+    try:
+        text = BUILT_MODULE.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    # In JavaScript both only occur in strings, where the backslash changes nothing.
+    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def scene_object(mesh: Mesh, name: str) -> dict[str, Any]:
