@@ -32,20 +32,26 @@ from .flexicubes_grid import (
 
 
 def features_to_closed_mesh(
-    coords: Tensor, feats: Tensor, resolution: int, background: Tensor, limit: Tensor | None = None
+    coords: Tensor,
+    feats: Tensor,
+    resolution: int,
+    background: Tensor,
+    limit: Tensor | None = None,
+    trust: float = 1.0,
 ) -> ExtractedMesh:
     """``features_to_mesh`` with another outside than +1, not for training.
 
     coords (N, 3), feats (N, 101 or 53), resolution: as there. background: (R + 1,) * 3 signed values at the grid
     vertices, negative inside, in the unit of the features' sdf; its sign counts where no active cube touches a vertex.
-    limit: the same of a solid that the mesh is cut by, such as a visual hull; None cuts nothing.
+    limit: the same of a solid that the mesh is cut by, such as a visual hull; None cuts nothing. trust: how much of the
+    features' sdf is taken where there is one, 0-1; the rest is the background's.
     Memory is that of the dense lattice, 129^3 floats for 128^3 cubes. Raises TriptychError for cubes outside the grid.
     """
     check_cubes(coords, resolution)
     sdf, corner_values, weights = _split_channels(feats, resolution)
     touched = touched_vertices(coords, resolution)
     filled = background.to(sdf).flatten().clone()
-    filled[touched.ids] = _corner_mean([sdf[..., None]], touched)[:, 0]
+    filled[touched.ids] = filled[touched.ids].lerp(_corner_mean([sdf[..., None]], touched)[:, 0], trust)
     if limit is not None:
         filled = torch.maximum(filled, limit.to(filled).flatten())
     surface = dense_surface((filled < 0).view(*[resolution + 1] * 3))

@@ -265,7 +265,8 @@ def surface_from_latents(
     with torch.inference_mode(), low_precision:
         allowed = None if hull is None else torch.from_numpy(hull).to(latents.device)
         known = torch.from_numpy(np.ascontiguousarray(field)).to(latents.device)
-        mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, known, allowed)
+        trust = _number(bundle, "slat_trust", 1.0)
+        mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, known, allowed, trust)
     if not len(mesh.faces):
         raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
     mesh = keep_components(mesh, min_share=0.02)

@@ -101,12 +101,12 @@ def latents_from_views(
 
 
 def mesh_from_latents(
-    decoder: SLatMeshDecoder, latents: SparseTensor, field: Tensor, hull: Tensor | None = None
+    decoder: SLatMeshDecoder, latents: SparseTensor, field: Tensor, hull: Tensor | None = None, trust: float = 1.0
 ) -> Mesh:
     """The closed mesh of one sample's latents, vertex-coloured, in model space.
 
     field (R, R, R): the first stage's, in voxels, positive inside. hull: the same of what the silhouettes allow, by
-    which the mesh is cut; None leaves it whole.
+    which the mesh is cut; None leaves it whole. trust: share of the decoder in the distances, the rest is the field's.
     """
     features = decoder(latents)
     side = features.resolution or latents.resolution
@@ -114,7 +114,7 @@ def mesh_from_latents(
     scale = side / field.shape[0] / FINE_BAND
     background = (lattice_background(field.float(), side) * scale).clamp(-1, 1)
     limit = None if hull is None else (lattice_background(hull.float(), side) * scale).clamp(-1, 1)
-    found = features_to_closed_mesh(features.coords[:, 1:], features.feats.float(), side, background, limit)
+    found = features_to_closed_mesh(features.coords[:, 1:], features.feats.float(), side, background, limit, trust)
     colors = None
     if found.vertex_attrs is not None:
         rgb = found.vertex_attrs[:, :3].float().cpu().numpy()
