@@ -269,8 +269,8 @@ def surface_from_latents(
         mesh = mesh_from_latents(cast(SLatMeshDecoder, decoder), latents, known, allowed, trust)
     if not len(mesh.faces):
         raise TriptychError("the network found nothing solid: check that each view shows the whole object, cut out")
-    # Where the views leave it open each voxel guesses for itself, and the surface is rough: these rounds cost no accuracy
-    # on validation objects (none, 5 and 12 scored the same).
+    # Where the views leave it open each voxel guesses for itself, and the surface is rough: these rounds cost no
+    # accuracy on validation objects (none, 5 and 12 scored the same).
     mesh = smooth(keep_components(mesh, min_share=0.02), iterations=10)
     if target_faces and len(mesh.faces) > target_faces:
         mesh = decimate(mesh, target_faces)
