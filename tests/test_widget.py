@@ -360,7 +360,14 @@ def test_the_exported_page_holds_the_same_viewer_and_asks_for_nothing(shared_pag
 
 @pytest.mark.slow
 @pytest.mark.skipif(isinstance(COMFY, str), reason=str(COMFY))
-@pytest.mark.parametrize("nodes", ["classic", "vue"])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "classic",
+        # The preview node stays empty in the frontend of 0.3.64; DOM widgets came to Nodes 2.0 in a later one, not tried.
+        pytest.param("vue", marks=pytest.mark.xfail(reason="no DOM widgets in this frontend's Nodes 2.0")),
+    ],
+)
 def test_the_widget_shows_the_model_in_a_real_graph(site, tmp_path, nodes):
     with ComfyServer(tmp_path / "comfy") as server, Page(tmp_path / "profile") as page:
         # Else the frontend greets a new user with its templates, over the graph.
