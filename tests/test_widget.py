@@ -364,7 +364,7 @@ def test_the_exported_page_holds_the_same_viewer_and_asks_for_nothing(shared_pag
     "nodes",
     [
         "classic",
-        # The preview node stays empty in the frontend of 0.3.64; DOM widgets came to Nodes 2.0 in a later one, not tried.
+        # The preview node stays empty in the frontend of 0.3.64; later ones have not been tried.
         pytest.param("vue", marks=pytest.mark.xfail(reason="no DOM widgets in this frontend's Nodes 2.0")),
     ],
 )
