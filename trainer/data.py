@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
 from triptych.errors import TriptychError
-from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera
+from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera, rig_cameras
 from triptych.geometry.voxels import turn_volume
+from triptych.models.lifting import PosedViews
 
 
 class PreparedData:
@@ -109,6 +111,21 @@ def mirrored(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"albedo": sample["albedo"][order][:, :, ::-1], "normal": normal, "sdf": sample["sdf"][::-1]}
 
 
+def symmetric_sample(sample: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The object under one of the eight symmetries that keep up up: ``number`` % 4 turns, mirrored from 4 on."""
+    turned = quarter_turn(sample, number % 4)
+    return mirrored(turned) if number >= 4 else turned
+
+
+def posed_views(batch: dict[str, Any], device: torch.device) -> PosedViews:
+    """A batch's ``images`` (N, 4, S, S) uint8, seen from the rig's ``views`` (N,), ``counts`` (B,) a sample."""
+    return PosedViews(
+        images=batch["images"].to(device).float() / 255,
+        cameras=tuple(_RIG[i] for i in batch["views"].tolist()),
+        counts=tuple(batch["counts"].tolist()),
+    )
+
+
 def soft_occupancy(sdf: torch.Tensor, band: float, softness: float = 0.4) -> torch.Tensor:
     """Quantised signed distance (int8, +-127 = ``band`` voxels) -> occupancy 0-1, a sigmoid ``softness`` voxels wide.
 
@@ -120,6 +137,7 @@ def soft_occupancy(sdf: torch.Tensor, band: float, softness: float = 0.4) -> tor
     return torch.where(sdf.abs() == 127, (sdf < 0).float(), soft)
 
 
+_RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 _ROTATIONS = torch.stack([Camera(azimuth).rotation() for azimuth in VIEW_AZIMUTHS_DEG])
 
 

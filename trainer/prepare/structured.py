@@ -44,6 +44,7 @@ from triptych.geometry import solid
 from triptych.geometry.files import read_mesh
 from triptych.geometry.mesh import Mesh
 from triptych.geometry.metrics import sample_surface
+from triptych.pipelines.structured import FINE_BAND
 from triptych.render import views
 
 from .build import _UNFORESEEN, fingerprint, framed, turned
@@ -54,7 +55,6 @@ from .sources import AXES, Source, find_sources
 FORMAT = 1
 FOLDER = "structured"
 BAND = 1.75  # voxels: the widest active set that training draws
-FINE_BAND = 4.0  # fine voxels
 OFFSET_LIMIT = 2.0  # voxels
 POINTS = 4096
 _SHEET_HALF = 0.55  # fine voxels, as geometry/solid.py has it in voxels

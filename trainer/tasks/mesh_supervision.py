@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data import mirrored, quarter_turn
+from trainer.data import symmetric_sample
 from trainer.losses import (
     LossWeights,
     consistency_loss,
@@ -102,9 +102,7 @@ def direct_losses(lattice: Lattice, batch: Mapping[str, Tensor]) -> dict[str, Te
 def drawn_views(views: dict[str, np.ndarray], symmetry: int, chosen: Sequence[int]) -> dict[str, Tensor]:
     """Prepared pictures as targets under a symmetry: ``pictures`` (v, 7, S, S) uint8: alpha, albedo, normal, black
     in the background; ``views`` (v,) int64, which of the rig."""
-    item = quarter_turn(views | {"sdf": np.zeros((1, 1, 1), np.int8)}, symmetry % 4)
-    if symmetry >= 4:
-        item = mirrored(item)
+    item = symmetric_sample(views | {"sdf": np.zeros((1, 1, 1), np.int8)}, symmetry)
     albedo, normal = item["albedo"][list(chosen)], item["normal"][list(chosen)]
     alpha = albedo[..., 3:].astype(np.float32) / 255
     colors = np.concatenate([albedo[..., :3], normal], axis=-1) * alpha + 0.5

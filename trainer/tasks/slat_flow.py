@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data import Recolouring, draw_recolouring, mirrored, quarter_turn, relight
+from trainer.data import Recolouring, draw_recolouring, posed_views, relight, symmetric_sample
 from trainer.prepare.predicted import PredictedFields
 from trainer.structured import StructuredData, capped, decode_attributes, symmetric_attributes, symmetric_coords
 from triptych.bundles.bundle import Bundle, load_bundle
@@ -91,10 +91,11 @@ class SlatFlowTask:
 
     def flow_config(self) -> dict[str, Any]:
         config = self.config
+        latent_channels = load_bundle(Path(config.vae)).component("slat_encoder").config["latent_channels"]
         return {
             "resolution": StructuredData(config.data).resolution,
-            "in_channels": load_bundle(Path(config.vae)).manifest.components["slat_encoder"].config["latent_channels"],
-            "out_channels": load_bundle(Path(config.vae)).manifest.components["slat_encoder"].config["latent_channels"],
+            "in_channels": latent_channels,
+            "out_channels": latent_channels,
             "model_channels": config.model_channels,
             "cond_channels": config.cond_channels,
             "num_blocks": config.num_blocks,
@@ -160,9 +161,7 @@ class SlatFlowTask:
         item, pictures = data[index], data.views(index)
         field, views = self.fields.get(data.rows[index][0], data.prepared_row(index), number)
         symmetry = int(generator.integers(8)) if training else 0
-        turned = quarter_turn({**pictures, "sdf": field}, symmetry % 4)
-        if symmetry >= 4:
-            turned = mirrored(turned)
+        turned = symmetric_sample({**pictures, "sdf": field}, symmetry)
         seen = [symmetric_view(view, symmetry) for view in views]
         recolouring = draw_recolouring(generator)  # of the object: its true colours change with its pictures
         shown = relight(turned["albedo"], turned["normal"], generator, sorted(seen), recolouring)
@@ -180,7 +179,7 @@ class SlatFlowTask:
         time = logit_normal_times(
             torch.tensor(generator.standard_normal(), dtype=torch.float32), config.time_mean, config.time_std
         )
-        channels = self.encoder.out_layer.out_features // 2
+        noise = generator.standard_normal((len(coords), self.encoder.latent_channels), dtype=np.float32)
         return {
             "images": (shown * 255 + 0.5).to(torch.uint8),
             "views": torch.tensor(sorted(seen)),
@@ -188,7 +187,7 @@ class SlatFlowTask:
             "coords": torch.from_numpy(coords.astype(np.int32)),
             "attributes": recoloured(torch.from_numpy(attributes), recolouring),
             "known": torch.from_numpy(row >= 0),
-            "noise": torch.from_numpy(generator.standard_normal((len(coords), channels), dtype=np.float32)),
+            "noise": torch.from_numpy(noise),
             "time": time if training else torch.tensor(1.0),
             "drop": torch.tensor(training and bool(generator.random() < config.drop_condition)),
             "count": torch.tensor(len(coords)),
@@ -206,11 +205,7 @@ class SlatFlowTask:
         return batch
 
     def posed(self, batch: dict[str, Any]) -> PosedViews:
-        return PosedViews(
-            images=batch["images"].to(self.device).float() / 255,
-            cameras=tuple(_RIG[i] for i in batch["views"].tolist()),
-            counts=tuple(batch["counts"].tolist()),
-        )
+        return posed_views(batch, self.device)
 
     def voxels(self, batch: dict[str, Any], feats: Tensor) -> SparseTensor:
         coords = batch["coords"].to(self.device)

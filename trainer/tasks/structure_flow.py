@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data import JoinedData, PreparedData, mirrored, quarter_turn, relight, soft_occupancy
+from trainer.data import JoinedData, PreparedData, mirrored, posed_views, quarter_turn, relight, soft_occupancy
 from trainer.tasks.structure_vae import field_sheet, solid_iou
 from triptych.bundles.bundle import load_bundle
 from triptych.errors import TriptychError
@@ -183,11 +183,7 @@ class StructureFlowTask:
         return batch
 
     def posed(self, batch: dict[str, Any]) -> PosedViews:
-        return PosedViews(
-            images=batch["images"].to(self.device).float() / 255,
-            cameras=tuple(_RIG[i] for i in batch["views"].tolist()),
-            counts=tuple(batch["counts"].tolist()),
-        )
+        return posed_views(batch, self.device)
 
     # ---- loss
 

@@ -378,6 +378,19 @@ def batch_runs(
     return runs_of(lengths, context_lengths)
 
 
+def initialize_flow(flow: nn.Module) -> None:
+    """Xavier matrices, zero biases; modulation and output start at zero, so that every block starts as a no-op."""
+    for module in flow.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in flow.named_parameters():
+        if name.startswith("t_embedder") and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.02)
+        elif "adaLN_modulation" in name or name.startswith("out_layer"):
+            nn.init.zeros_(parameter)
+
+
 def set_torso_dtype(modules: nn.Module, dtype: torch.dtype) -> None:
     """Cast the Conv and Linear parameters under `modules`; norms and RMS gammas stay float32 (the published layout)."""
     for module in modules.modules():

@@ -21,6 +21,7 @@ from .blocks import (
     AbsolutePositionEmbedder,
     ModulatedTransformerCrossBlock,
     TimestepEmbedder,
+    initialize_flow,
     runs_of,
 )
 from .sparse_blocks import SparseResBlock3d
@@ -103,21 +104,9 @@ class SLatFlowModel(Torso):
                 for _ in range(num_io_res_blocks - 1)
             )
         self.out_layer = nn.Linear(outer, out_channels)
-        self.initialize_weights()
+        initialize_flow(self)
         if use_fp16:
             self.convert_to(torch.float16)
-
-    def initialize_weights(self) -> None:
-        """Xavier matrices, zero biases; modulation and output start at zero, so that every block starts as a no-op."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.startswith("t_embedder") and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
-            elif "adaLN_modulation" in name or name.startswith("out_layer"):
-                nn.init.zeros_(parameter)
 
     def torso_blocks(self) -> list[nn.Module]:
         """The transformer blocks come first: each keeps several times as much as a residual block."""

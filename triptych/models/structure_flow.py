@@ -17,6 +17,7 @@ from .blocks import (
     ModulatedTransformerCrossBlock,
     TimestepEmbedder,
     batch_runs,
+    initialize_flow,
     set_torso_dtype,
 )
 
@@ -97,21 +98,9 @@ class SparseStructureFlowModel(nn.Module):
             for _ in range(num_blocks)
         )
         self.out_layer = nn.Linear(model_channels, out_channels * patch_size**3)
-        self.initialize_weights()
+        initialize_flow(self)
         if use_fp16:
             self.convert_to(torch.float16)
-
-    def initialize_weights(self) -> None:
-        """Xavier matrices, zero biases; modulation and output start at zero, so that every block starts as a no-op."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.startswith("t_embedder") and name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
-            elif "adaLN_modulation" in name or name.startswith("out_layer"):
-                nn.init.zeros_(parameter)
 
     def convert_to(self, dtype: torch.dtype) -> None:
         """Linear layers of the blocks to `dtype`; norms, gammas, embedders, input and output layers stay float32."""
