@@ -12,6 +12,7 @@ TASKS: dict[str, str] = {
     "slat_vae": "trainer.tasks.slat_vae:SlatVaeTask",
     "mesh_decoder": "trainer.tasks.mesh_decoder:MeshDecoderTask",
     "slat_flow": "trainer.tasks.slat_flow:SlatFlowTask",
+    "flux_vae": "trainer.tasks.flux_vae:FluxVaeTask",
 }
 
 
