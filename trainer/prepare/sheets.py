@@ -75,9 +75,10 @@ def references(
 
 
 def _box(alpha: torch.Tensor) -> tuple[float, float, float, float]:
-    rows, columns = (alpha > 0.5).any(1).nonzero(), (alpha > 0.5).any(0).nonzero()
-    if not len(rows):
+    if not (alpha > 0).any():
         raise TriptychError("a view is empty; prepare the data again")
+    seen = alpha >= min(0.5, float(alpha.max()))  # a blade seen from its edge covers half of no pixel
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
     return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
 
 
