@@ -1,4 +1,4 @@
-"""python -m trainer {prepare, structure, predict, primitives, plan, train, resume, evaluate, export, join}.
+"""python -m trainer {prepare, structure, predict, primitives, sheets, plan, train, resume, evaluate, export, join}.
 
 Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
 (one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
@@ -98,6 +98,12 @@ def _predict(args: argparse.Namespace) -> int:
     return predict(args)
 
 
+def _sheets(args: argparse.Namespace) -> int:
+    from trainer.prepare.sheet_cache import main as sheets
+
+    return sheets(args)
+
+
 def _join(args: argparse.Namespace) -> int:
     from trainer.join import main as join
 
@@ -145,6 +151,12 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
         add_structure_arguments(structure)
 
+    sheets = commands.add_parser("sheets", help="cache view sheets, their latents and captions for Flux multiview")
+    sheets.set_defaults(command=_sheets)
+    if "sheets" in arguments[:1]:
+        from trainer.prepare.sheet_cache import add_arguments as add_sheets_arguments
+
+        add_sheets_arguments(sheets)
     predict = commands.add_parser("predict", help="add what a first stage makes of the structured samples")
     predict.set_defaults(command=_predict)
     if "predict" in arguments[:1]:

@@ -79,3 +79,10 @@ def _credits(records: list[dict]) -> list[str]:
     found = Counter((r.get("licence") or "not stated", r.get("attribution") or "not stated") for r in records)
     rows = sorted(found.items())
     return [f"| {licence} | {credit.replace('|', '/')} | {count} |" for (licence, credit), count in rows]
+
+
+def attribution_of(records: list[dict]) -> str:
+    """One line of credits: objects by licence and author, most first. records: with key, licence and attribution."""
+    own = {record["key"]: record for record in records}.values()
+    counts = Counter(f"{record.get('attribution') or 'unnamed'} ({record.get('licence') or 'own'})" for record in own)
+    return "; ".join(f"{count} objects by {credit}" for credit, count in counts.most_common())

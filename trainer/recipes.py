@@ -20,7 +20,7 @@ RECIPES: dict[str, str] = {
 }
 _LARGE = ("structure_flow_large", "slat_flow_large", "large_multiview_lora")
 RECIPES |= {name: f"trainer.recipes_large:{name}" for name in _LARGE}
-RECIPES |= {name: f"trainer.recipes_flux:{name}" for name in ("flux_vae_tiny",)}
+RECIPES |= {name: f"trainer.recipes_flux:{name}" for name in ("flux_vae_tiny", "flux_views_tiny")}
 
 
 def recipe(function: Recipe) -> Recipe:

@@ -26,3 +26,27 @@ def flux_vae_tiny() -> TrainConfig:
         pictures_every=400,
         log_every=25,
     )
+
+
+def flux_views_tiny() -> TrainConfig:
+    """The small multi-view model: hours on CPU cores. Short prompts first; a last part with 512 text tokens, as
+    pipelines run it, starts from this run (--set init_from=RUN --set task_config.text_tokens=512)."""
+    from trainer.tasks.flux_views import FluxViewsConfig
+
+    return TrainConfig(
+        name="flux_views_tiny",
+        task="flux_views",
+        task_config=FluxViewsConfig(cache=("sheets",), parts="flux-parts", text_tokens=48),
+        steps=4000,
+        batch_size=16,
+        lr=1e-3,
+        schedule="wsd",
+        decay_share=0.3,
+        warmup_steps=100,
+        weight_decay=0.02,
+        precision="bf16",
+        ema_decay=0.995,
+        checkpoint_every=250,
+        validate_every=250,
+        pictures_every=250,
+    )

@@ -21,22 +21,35 @@ from triptych.geometry.cameras import FRAME_FILL, VIEW_AZIMUTHS_DEG, Camera
 from triptych.render.views import linear_to_srgb, srgb_to_linear
 
 HEAD, SKY, AMBIENT = 0.40, 0.35, 0.30  # shares of the fixed light, in linear colour
+_LINEAR = srgb_to_linear(torch.arange(256, dtype=torch.float32) / 255)
+PLAIN = Recolouring(torch.eye(3), torch.zeros(3))
 _BACK = torch.stack([Camera(azimuth).rotation()[2] for azimuth in VIEW_AZIMUTHS_DEG])
 
 
-def canonical_shade(albedo: np.ndarray, normal: np.ndarray, recolouring: Recolouring | None = None) -> torch.Tensor:
+def canonical_shade(albedo: np.ndarray, normal: np.ndarray) -> torch.Tensor:
     """The rig's views under the fixed light.
 
-    albedo (4, S, S, 4) uint8 sRGB with alpha, normal (4, S, S, 3) uint8 for -1..1 in the world frame; recolouring: of
-    the object. Returns (4, 4, S, S) float32 RGBA, sRGB 0-1, straight alpha.
+    albedo (4, S, S, 4) uint8 sRGB with alpha, normal (4, S, S, 3) uint8 for -1..1 in the world frame. Returns
+    (4, 4, S, S) float32 RGBA, sRGB 0-1, straight alpha, black where alpha is 0.
     """
-    colour = torch.from_numpy(np.ascontiguousarray(albedo)).permute(0, 3, 1, 2).float() / 255
-    world = torch.from_numpy(np.ascontiguousarray(normal)).permute(0, 3, 1, 2).float() * (2 / 255) - 1
-    rgb = colour[:, :3] if recolouring is None else recolouring(colour[:, :3])
-    head = torch.einsum("vchw,vc->vhw", world, _BACK).clamp_min(0)
+    view, row, column = np.nonzero(albedo[..., 3])  # most of a sheet is background: only the object is computed
+    world = torch.from_numpy(normal[view, row, column]).float() * (2 / 255) - 1
+    head = (world * _BACK[torch.from_numpy(view)]).sum(1).clamp_min(0)
     shade = HEAD * head + SKY * (0.5 + 0.5 * world[:, 1]) + AMBIENT
-    linear = srgb_to_linear(rgb) * shade[:, None]
-    return torch.cat([linear_to_srgb(linear.clamp(0, 1)), colour[:, 3:]], dim=1)
+    linear = _LINEAR[torch.from_numpy(albedo[view, row, column, :3]).long()] * shade[:, None]
+    rgba = np.zeros(albedo.shape, dtype=np.float32)
+    rgba[view, row, column, :3] = linear_to_srgb(linear.clamp(0, 1)).numpy()
+    rgba[..., 3] = albedo[..., 3] / np.float32(255)
+    return torch.from_numpy(rgba).permute(0, 3, 1, 2).contiguous()
+
+
+def recoloured(albedo: np.ndarray, recolouring: Recolouring) -> np.ndarray:
+    """Views (..., 4) uint8 with other colours; alpha stays."""
+    seen = albedo[..., 3] > 0
+    rgb = recolouring(torch.from_numpy(albedo[seen][:, :3]).float() / 255)
+    out = albedo.copy()
+    out[seen, :3] = (rgb * 255 + 0.5).to(torch.uint8).numpy()
+    return out
 
 
 def on_background(rgba: torch.Tensor, background: Sequence[float]) -> torch.Tensor:
@@ -103,12 +116,11 @@ def photo_views(
     sample: dict[str, np.ndarray],
     views: Sequence[int],
     generator: np.random.Generator,
-    recolouring: Recolouring,
     background: Sequence[float],
     *,
     jitter: float = 0.04,
     lean: float = 0.08,
 ) -> torch.Tensor:
     """Reference pictures of a prepared sample under a random light: (V, 3, S, S) float32 on the background."""
-    lit = relight(sample["albedo"], sample["normal"], generator, views, recolouring)
+    lit = relight(sample["albedo"], sample["normal"], generator, views, PLAIN)
     return on_background(references(lit, generator, jitter=jitter, lean=lean), background)

@@ -13,6 +13,8 @@ TASKS: dict[str, str] = {
     "mesh_decoder": "trainer.tasks.mesh_decoder:MeshDecoderTask",
     "slat_flow": "trainer.tasks.slat_flow:SlatFlowTask",
     "flux_vae": "trainer.tasks.flux_vae:FluxVaeTask",
+    "flux_text": "trainer.tasks.flux_text:FluxTextTask",
+    "flux_views": "trainer.tasks.flux_views:FluxViewsTask",
 }
 
 

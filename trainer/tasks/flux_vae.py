@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data import JoinedData, draw_recolouring, relight, symmetric_sample
-from trainer.prepare.sheets import canonical_shade, grid, on_background
+from trainer.prepare.sheets import PLAIN, canonical_shade, grid, on_background, recoloured
 from trainer.task import Task
 
 
@@ -92,12 +92,13 @@ class FluxVaeTask(Task):
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         generator = np.random.default_rng(seed)
         sample = symmetric_sample(self.data[index], int(generator.integers(8)))
-        recolouring = draw_recolouring(generator) if generator.random() < 0.5 else None
+        if generator.random() < 0.5:
+            sample = sample | {"albedo": recoloured(sample["albedo"], draw_recolouring(generator))}
         view = int(generator.integers(4))
         if generator.random() < 0.6:
-            rgba = canonical_shade(sample["albedo"], sample["normal"], recolouring)[view]
+            rgba = canonical_shade(sample["albedo"], sample["normal"])[view]
         else:
-            rgba = relight(sample["albedo"], sample["normal"], generator, [view], recolouring)[0]
+            rgba = relight(sample["albedo"], sample["normal"], generator, [view], PLAIN)[0]
         pixels = on_background(rgba, self.config.background)
         return {"pixels": self._crop(pixels, rgba[3], generator)}
 

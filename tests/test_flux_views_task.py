@@ -1,0 +1,221 @@
+"""The multi-view task on random parts: cached sheets, its tokens beside diffusers' own, training, export."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from tests.flux_tiny import klein_folder  # noqa: E402
+from trainer.loop import export, train  # noqa: E402
+from trainer.prepare.build import BuildOptions  # noqa: E402
+from trainer.prepare.run import prepare  # noqa: E402
+from trainer.prepare.sheet_cache import SheetOptions, cache_sheets  # noqa: E402
+from trainer.prepare.sheets import canonical_shade, references  # noqa: E402
+from trainer.prepare.sources import find_sources  # noqa: E402
+from trainer.recipes import build_recipe  # noqa: E402
+from trainer.sheet_data import SheetData  # noqa: E402
+from trainer.tasks.flux_vae import FluxVaeConfig  # noqa: E402
+from trainer.tasks.flux_views import (  # noqa: E402
+    FluxViewsConfig,
+    FluxViewsTask,
+    TransformerSize,
+    compared,
+    frozen_parts,
+    velocity_of,
+)
+from triptych.errors import TriptychError  # noqa: E402
+from triptych.flux.card import read_card, verify_files  # noqa: E402
+
+SMALL = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "validate_every": 4, "pictures_every": 4}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("meshes")
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        shape = trimesh.creation.box(generator.uniform(0.3, 1, 3)) if i % 2 else trimesh.creation.icosphere(2)
+        shape.apply_scale(generator.uniform(0.5, 1, 3))
+        shape.export(folder / f"{i:02d}.ply")
+    out = tmp_path_factory.mktemp("data")
+    prepare(find_sources([folder]), out, BuildOptions(yaws=1, view_size=64), workers=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def cache(prepared, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sheets")
+    cache_sheets([prepared], klein_folder(), out, SheetOptions(panel=64), workers=0)
+    return out
+
+
+def _config(cache: Path, **changes) -> FluxViewsConfig:
+    size = TransformerSize(heads=1, double_blocks=1, single_blocks=1)
+    facts = {"size": size, "text_tokens": 24, "validation_sheets": 2, "generated_sheets": 2, "sample_steps": 2}
+    return FluxViewsConfig(cache=(str(cache),), parts=str(klein_folder()), **facts | changes)
+
+
+def test_a_cache_is_a_function_of_its_options_and_goes_on(prepared, cache, tmp_path):
+    again = tmp_path / "again"
+    count = cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=64), workers=0)
+    assert count == len(SheetData([cache])) + len(SheetData([cache], "validation"))
+    for file in sorted(cache.glob("train_*")):
+        assert (again / file.name).read_bytes() == file.read_bytes()
+    victim = next(again.glob("train_*.safetensors"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-5])
+    cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=64), workers=0)
+    assert victim.read_bytes() == whole
+    with pytest.raises(TriptychError, match="another options"):
+        cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=32), workers=0)
+    with pytest.raises(TriptychError, match="panels of 128 px need a multiple"):
+        cache_sheets([prepared], klein_folder(), tmp_path / "large", SheetOptions(), workers=0)
+
+
+def test_words_alone_are_only_asked_of_objects_that_face_the_front(cache):
+    task = FluxViewsTask(_config(cache, drop_references=1.0))
+    task.data = SheetData([cache])
+    for index, said in enumerate(task.data.said):
+        drawn = task.sample(index, 7)
+        assert (len(drawn["references"]) == 0) == said["faces_front"]
+        assert drawn["prompt"] in ("", *(f"{t}. given: nothing." for t in said["captions"])) or not said["faces_front"]
+
+
+def test_the_fixed_light_keeps_a_colour_within_its_bounds():
+    albedo = np.full((4, 8, 8, 4), 255, dtype=np.uint8)
+    normal = np.full((4, 8, 8, 3), 127, dtype=np.uint8)
+    normal[..., 1] = 255  # all pixels face up: no headlight, all of the sky
+    shaded = canonical_shade(albedo, normal)
+    linear = 0.35 + 0.30
+    assert shaded.shape == (4, 4, 8, 8)
+    assert torch.allclose(shaded[:, :3], torch.tensor(1.055 * linear ** (1 / 2.4) - 0.055), atol=5e-3)
+    albedo[:, :4, :, 3] = 0
+    assert not canonical_shade(albedo, normal)[:, :, :4].any()
+
+
+def test_references_fill_their_frame_by_themselves():
+    view = torch.zeros(1, 4, 64, 64)
+    view[:, 1:, 20:30, 40:46] = 1.0  # ten pixels high, six wide, off the centre
+    moved = references(view, np.random.default_rng(0), jitter=0.0)[0]
+    rows, columns = (moved[3] > 0.5).any(1).nonzero(), (moved[3] > 0.5).any(0).nonzero()
+    assert abs(int(rows[-1] - rows[0]) + 1 - 0.85 * 64) <= 1
+    assert abs(float(columns[-1] + columns[0]) / 2 - 31.5) <= 0.5
+    inside = moved[:3, 28:36, 28:36]
+    assert torch.allclose(inside, torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1).expand_as(inside))
+    with pytest.raises(TriptychError, match="empty"):
+        references(torch.zeros(1, 4, 8, 8), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_tokens_are_those_of_the_published_pipeline(given):
+    """One step of the pipeline from the same noise is the same velocity, with any number of references."""
+    from diffusers import Flux2KleinPipeline
+
+    pipe = Flux2KleinPipeline.from_pretrained(klein_folder(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 128, 8, 8, generator=generator)
+    pixels = [torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8) for _ in range(given)]
+    pictures = [Image.fromarray(one.numpy()) for one in pixels]
+    steps: list[torch.Tensor] = []
+    pipe(
+        prompt="a chair",
+        image=pictures or None,
+        height=128,
+        width=128,
+        sigmas=[1.0, 0.5],
+        guidance_scale=1.0,
+        latents=noise,
+        output_type="latent",
+        max_sequence_length=24,
+        callback_on_step_end=lambda p, i, t, state: steps.append(state["latents"]) or {},
+    )
+    theirs = ((steps[0] - noise.flatten(2).transpose(1, 2)) / -0.5).transpose(1, 2).unflatten(2, (8, 8))
+    words = pipe.encode_prompt(prompt="a chair", max_sequence_length=24)[0]
+    own = None
+    if given:
+        latents = [pipe._encode_vae_image(p.permute(2, 0, 1)[None] / 127.5 - 1, generator) for p in pixels]
+        own = torch.stack(latents, dim=1)
+    with torch.no_grad():
+        ours = velocity_of(pipe.transformer, noise, torch.ones(1), words, own)
+    assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
+
+
+def test_latents_of_a_cache_decode_to_its_sheet(prepared, cache):
+    """Encoding as the cache does and decoding as training does are inverse up to the autoencoder itself."""
+    from diffusers import Flux2KleinPipeline
+
+    parts = frozen_parts(klein_folder(), torch.device("cpu"))
+    pipe = Flux2KleinPipeline.from_pretrained(klein_folder(), torch_dtype=torch.bfloat16)
+    latents = torch.randn(1, 128, 8, 8, generator=torch.Generator().manual_seed(1))
+    mean = pipe.vae.bn.running_mean.view(1, -1, 1, 1).float()
+    deviation = (pipe.vae.bn.running_var.view(1, -1, 1, 1).float() + pipe.vae.config.batch_norm_eps).sqrt()
+    theirs = pipe.vae.decode(pipe._unpatchify_latents(latents * deviation + mean).bfloat16()).sample
+    with torch.no_grad():
+        assert torch.equal(parts.decode(latents), (theirs.detach().float() / 2 + 0.5).clamp(0, 1))
+
+
+def test_training_resumes_bit_for_bit_and_exports_a_whole_model(cache, tmp_path):
+    config = replace(build_recipe("flux_views_tiny"), task_config=_config(cache), **SMALL, checkpoint_every=2)
+    train(config, tmp_path / "whole", device="cpu")
+    train(config, tmp_path / "halves", device="cpu")
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "step_0000004")
+    train(config, tmp_path / "halves", device="cpu")
+    folders = []
+    for name in ("whole", "halves"):
+        export(tmp_path / name, tmp_path / f"{name}-model", device="cpu")
+        folders.append(tmp_path / f"{name}-model")
+    first, second = ((f / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() for f in folders)
+    assert first == second
+    card = read_card(folders[0])
+    verify_files(folders[0], card)
+    assert (card.panel_size, card.background, card.max_sequence_length) == (64, (1.0, 0.0, 1.0), 24)
+    assert card.provenance["step"] == 4 and str(tmp_path) not in (folders[0] / "views.json").read_text()
+
+
+def test_the_exported_model_makes_a_sheet(cache, tmp_path):
+    from triptych.flux.backend import load_flux_views
+
+    config = replace(build_recipe("flux_views_tiny"), task_config=_config(cache), **SMALL)
+    train(config, tmp_path / "run", device="cpu")
+    export(tmp_path / "run", tmp_path / "model", device="cpu")
+    model = load_flux_views(str(tmp_path / "model"))
+    sheet = model.sheet("a chair. given: nothing.", [], seed=1, steps=1, guidance=1.0)
+    assert sheet.shape == (3, 128, 128) and float(sheet.min()) >= 0 and float(sheet.max()) <= 1
+
+
+def test_the_autoencoder_learns_and_knows_its_statistics(prepared, tmp_path):
+    config = replace(
+        build_recipe("flux_vae_tiny"),
+        task_config=FluxVaeConfig(data=(str(prepared),), channels=(32, 32, 32, 32), crop=32, validation_objects=2),
+        **SMALL,
+    )
+    train(config, tmp_path / "vae", device="cpu")
+    export(tmp_path / "vae", tmp_path / "parts", device="cpu")
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2.from_pretrained(tmp_path / "parts", subfolder="vae")
+    assert vae.dtype == torch.float32 or vae.bn.running_var.min() > 0
+    assert not torch.allclose(vae.bn.running_var.float(), torch.ones(128))
+
+
+def test_comparison_sees_what_is_wrong():
+    key = (1.0, 0.0, 1.0)
+    true = torch.tensor(key).view(1, 3, 1, 1).expand(1, 3, 64, 64).clone()
+    for row, column in ((0, 0), (0, 32), (32, 0), (32, 32)):
+        true[:, :, row + 8 : row + 24, column + 8 : column + 24] = 0.5
+    psnr, overlap = compared(true, true, key)
+    assert overlap == 1 and psnr == pytest.approx(60)
+    moved = true.roll(4, dims=-1)
+    assert compared(moved, true, key)[1] == pytest.approx(12 / 20)
+    darker = torch.where(true == 0.5, 0.4, true)
+    assert compared(darker, true, key)[0] == pytest.approx(20, abs=1e-3)

@@ -1,0 +1,283 @@
+"""Latents and captions of view sheets, made once: what a multi-view Flux model trains on.
+
+`python -m trainer sheets DATA --model FOLDER --out CACHE` reads prepared views, lights and recolours them, lays them
+out as sheets and references (prepare/sheets.py), and encodes both with the model's own autoencoder. A prepared sample
+gives several variants; each is a function of (seed, object, variant), so a second run makes the same bytes.
+
+One shard is ``NAME.safetensors`` and ``NAME.json`` in ``CACHE``:
+
+| array | shape | meaning |
+|---|---|---|
+| target | (N, C, 2P, 2P) bfloat16 | normalised, patchified latents of the sheet |
+| references | (M, C, P, P) bfloat16 | of all references of all samples, one after the other |
+| ends | (N,) int64 | where each sample's references end |
+
+and in the JSON a list of samples: ``key``, ``split``, ``captions``, ``given`` (names of the views that are
+references), ``faces_front`` (whether "front" is the front that the source meant: a sheet made from words alone has to
+be one of these).
+Views larger than the panel are averaged down; smaller ones are an error, not enlarged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from trainer.captions import caption, colour_words
+from trainer.data import PreparedData, draw_recolouring, symmetric_sample
+from trainer.order import stream_seed
+from triptych.errors import TriptychError
+from triptych.geometry.cameras import VIEW_NAMES
+
+from .run import _alone, _cores
+from .shards import _is_whole, _write, remove_leftovers, write_json
+from .sheets import canonical_shade, grid, on_background, photo_views, recoloured
+
+FORMAT = 1
+INDEX = "sheets.json"
+SAMPLES_PER_SHARD = 256
+
+
+@dataclass(frozen=True)
+class SheetOptions:
+    """panel: pixels of a view's side. background: sRGB. variants: of each prepared sample. captions: of each variant.
+    lone_photo: share of variants whose only reference is the front view; the others get one to three views."""
+
+    panel: int = 128
+    background: tuple[float, float, float] = (1.0, 0.0, 1.0)
+    variants: int = 2
+    captions: int = 4
+    lone_photo: float = 0.75
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sample to make: prepared folder, split, row among the split's, variant."""
+
+    folder: str
+    split: str
+    row: int
+    variant: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="prepared folders")
+    parser.add_argument("--model", type=Path, required=True, help="a folder with vae/ in diffusers' layout")
+    parser.add_argument("--out", type=Path, required=True, help="the cache, a new folder or one to go on with")
+    parser.add_argument("--panel", type=int, default=128, help="pixels of a view's side; the sheet's is twice that")
+    parser.add_argument("--background", default="1,0,1", help="sRGB colour behind the object, 0-1 (1,1,1 is white)")
+    parser.add_argument("--variants", type=int, default=2, help="sheets of each prepared sample")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; 0: in this one)")
+    parser.add_argument("--device", default="cpu", help="of the autoencoder; with cuda use --workers 0")
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        red, green, blue = (float(part) for part in args.background.split(","))
+    except ValueError:
+        raise TriptychError(
+            f"--background {args.background!r}: three numbers from 0 to 1 with commas, such as 1,1,1"
+        ) from None
+    options = SheetOptions(args.panel, (red, green, blue), args.variants)
+    workers = _cores() if args.workers is None else args.workers
+    count = cache_sheets(args.data, args.model, args.out, options, workers=workers, device=args.device)
+    print(f"{count} sheets in {args.out}")
+    return 0
+
+
+def cache_sheets(
+    data: Sequence[Path], model: Path, out: Path, options: SheetOptions, *, workers: int = 0, device: str = "cpu"
+) -> int:
+    """Writes the cache; finished shards are kept. Returns the number of sheets.
+
+    Raises TriptychError: no autoencoder, views smaller than the panel, a cache of other options, a full disk.
+    """
+    if not (model / "vae" / "config.json").is_file():
+        raise TriptychError(
+            f"{model} has no vae/config.json: name a folder in diffusers' layout, or train flux_vae_tiny"
+        )
+    for folder in data:
+        size = PreparedData(folder, "train").options["view_size"]
+        if size < options.panel or size % options.panel:
+            raise TriptychError(
+                f"{folder} has views of {size} px, panels of {options.panel} px need a multiple of that: run prepare "
+                f"with --view-size {options.panel}, or choose another --panel"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    header = {"format": FORMAT, "options": json.loads(json.dumps(asdict(options))), "vae": _vae_hash(model)}
+    with _alone(out):
+        remove_leftovers(out)
+        _check_same(out / INDEX, header)
+        jobs = _jobs(data, options)
+        todo = [job for job in jobs if not _is_done(out, job[0], len(job[1]))]
+        build = partial(_build_shard, model=model, out=out, options=options, device=device)
+        with tqdm(total=sum(len(places) for _, places in todo), unit="sheet", desc="sheets", smoothing=0.1) as bar:
+            for made in _results(build, todo, workers):
+                bar.update(made)
+        total = sum(len(places) for _, places in jobs)
+        write_json(out / INDEX, header | {"shards": [name for name, _ in jobs], "samples": total})
+    return total
+
+
+def _vae_hash(model: Path) -> str:
+    files = sorted((model / "vae").glob("*.safetensors"))
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def _check_same(path: Path, header: dict[str, Any]) -> None:
+    if not path.exists():
+        write_json(path, header)
+        return
+    have = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in header.items():
+        if have.get(key) != value:
+            raise TriptychError(f"{path.parent} holds sheets of another {key} ({have.get(key)}): choose another --out")
+
+
+def _jobs(data: Sequence[Path], options: SheetOptions) -> list[tuple[str, list[Place]]]:
+    """Shards with their samples; all variants of a sample lie in different shards."""
+    jobs = []
+    for number, folder in enumerate(data):
+        for split in ("train", "validation"):
+            rows = len(PreparedData(folder, split))
+            for variant in range(options.variants if split == "train" else 1):
+                places = [Place(str(folder), split, row, variant) for row in range(rows)]
+                for start in range(0, rows, SAMPLES_PER_SHARD):
+                    name = f"{split}_{number}_{variant}_{start // SAMPLES_PER_SHARD:04d}"
+                    jobs.append((name, places[start : start + SAMPLES_PER_SHARD]))
+    return jobs
+
+
+def _is_done(out: Path, name: str, count: int) -> bool:
+    try:
+        samples = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return len(samples) == count and _is_whole(out / f"{name}.safetensors")
+
+
+def _results(build: partial, jobs: list[tuple[str, list[Place]]], workers: int) -> Iterator[int]:
+    if workers == 0 or not jobs:
+        yield from map(build, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield from pool.map(build, jobs)
+
+
+@dataclass(frozen=True)
+class SheetSample:
+    """One variant as pixels: sheet (3, 2S, 2S) float 0-1, references (V, 3, S, S), and what is said about it."""
+
+    sheet: torch.Tensor
+    references: torch.Tensor
+    said: dict[str, Any]
+
+
+def draw_sheet(
+    sample: dict[str, np.ndarray], record: dict[str, Any], yaw: float, variant: int, options: SheetOptions, seed: int
+) -> SheetSample:
+    """One variant of a prepared sample (see PreparedData), deterministic under ``seed``.
+
+    The first variant has the object's own colours, later ones are recoloured. Objects that look to the front of their
+    source keep doing so in the first variant and in half of the later ones; all others take any quarter turn.
+    """
+    generator = np.random.default_rng(seed)
+    stays = yaw == 0 and (variant == 0 or generator.random() < 0.5)
+    sample = symmetric_sample(sample, int(generator.integers(2)) * 4 if stays else int(generator.integers(8)))
+    if variant:
+        sample = sample | {"albedo": recoloured(sample["albedo"], draw_recolouring(generator))}
+    colours = colour_words(sample["albedo"])
+    captions = [caption(record, colours, generator) for _ in range(options.captions)]
+    given = _draw_given(generator, options.lone_photo)
+    sheet = grid(on_background(canonical_shade(sample["albedo"], sample["normal"]), options.background))
+    references = photo_views(sample, given, generator, options.background)
+    said = {
+        **{key: record.get(key) for key in ("key", "split", "name", "category", "licence", "attribution")},
+        "captions": captions,
+        "colours": colours,
+        "given": [VIEW_NAMES[view] for view in given],
+        "faces_front": stays,
+    }
+    factor = sheet.shape[-1] // (2 * options.panel)
+    if factor > 1:
+        sheet, references = (torch.nn.functional.avg_pool2d(x, factor) for x in (sheet, references))
+    return SheetSample(sheet, references, said)
+
+
+def _draw_given(generator: np.random.Generator, lone_photo: float) -> list[int]:
+    if generator.random() < lone_photo:
+        return [0]
+    count = int(generator.integers(1, 4))
+    return sorted(generator.permutation(4)[:count].tolist())
+
+
+def _build_shard(job: tuple[str, list[Place]], model: Path, out: Path, options: SheetOptions, device: str) -> int:
+    name, places = job
+    encode = _encoder(str(model), device)
+    data = PreparedData(places[0].folder, places[0].split)
+    said: list[dict[str, Any]] = []
+    targets, references = [], []
+    ends: list[int] = []
+    for start in range(0, len(places), 8):
+        drawn = []
+        for place in places[start : start + 8]:
+            _, row, record = data.rows[place.row]
+            yaw = float(record["yaws_deg"][record["rows"].index(row)])
+            seed = stream_seed(options.seed, f"sheet/{record['key']}/{row}", place.variant)
+            drawn.append(draw_sheet(data[place.row], record, yaw, place.variant, options, seed))
+        targets.append(encode(torch.stack([one.sheet for one in drawn])))
+        references.append(encode(torch.cat([one.references for one in drawn])))
+        for one in drawn:
+            said.append(one.said)
+            ends.append((ends[-1] if ends else 0) + len(one.references))
+    arrays = {"target": torch.cat(targets), "references": torch.cat(references), "ends": torch.tensor(ends)}
+    _write(out / f"{name}.safetensors", lambda temporary: save_file(arrays, str(temporary)))
+    write_json(out / f"{name}.json", said)
+    return len(places)
+
+
+_ENCODERS: dict[tuple[str, str], Any] = {}
+
+
+def _encoder(model: str, device: str) -> Any:
+    """Pictures (B, 3, H, W) 0-1 -> normalised, patchified latents (B, 4 C, H / 16, W / 16) bfloat16 on the CPU."""
+    if (model, device) not in _ENCODERS:
+        _ENCODERS[model, device] = sheet_encoder(model, device)
+    return _ENCODERS[model, device]
+
+
+def sheet_encoder(model: str, device: str) -> Any:
+    """The encoder of the autoencoder in ``model``/vae, as Flux.2's pipelines apply it."""
+    from diffusers import AutoencoderKLFlux2
+
+    from trainer.tasks.flux_vae import patchified
+
+    vae: Any = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae", torch_dtype=torch.bfloat16)
+    vae = vae.to(device, memory_format=torch.channels_last).eval()
+    mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
+    deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+
+    @torch.inference_mode()
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        pixels = (pixels * 2 - 1).to(device, torch.bfloat16, memory_format=torch.channels_last)
+        latents = patchified(vae.encode(pixels).latent_dist.mode()).float()
+        return ((latents - mean) / deviation).to(torch.bfloat16).cpu().contiguous()
+
+    return encode

@@ -1,0 +1,379 @@
+"""A Flux model that makes sheets of views, behind one small interface, whatever architecture it is.
+
+`load_flux_views` finds a model, checks it, builds its diffusers pipeline, adds LoRAs, quantises, and decides where the
+networks run. `FluxViews.sheet` is one call of the pipeline with everything explicit: the noise comes from a generator
+on the CPU in float32, so a seed means the same picture on every device up to precision; the sigmas are the card's and
+no scheduler formula touches them; equal prompts are encoded once.
+
+It does not cover: prompts and templates (`prompts`), cutting a sheet into views (`panels`), and what a picture needs
+before it is a reference (`pipelines.views`).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import TriptychError
+from ..pipelines.memory import GIB, StageMemory, _Meter, network_bytes
+from .card import ViewsCard, default_card, sigmas
+from .hub import ModelPlace, Progress, find_model, read_index
+from .parts import OFFLOADS, QUANTISATIONS, architecture_of, load_pipeline, networks_of, place, quantise
+
+Preview = Callable[[], Tensor]
+OnStep = Callable[[int, int, Preview], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KEPT_PROMPTS = 8
+_MAX_SEED = 2**64 - 1
+
+
+class FluxViews(ABC):
+    """A loaded model. card: how to ask it. device, dtype, offload, quantisation: as they turned out.
+    warnings: sentences from loading. pipeline: diffusers' own, None after `unload`."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        card: ViewsCard,
+        *,
+        device: torch.device | str = "cpu",
+        offload: str = "none",
+        quantisation: str = "none",
+        warnings: tuple[str, ...] = (),
+    ) -> None:
+        self.pipeline = pipeline
+        self.card = card
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = pipeline.transformer.dtype
+        self.offload, self.quantisation, self.warnings = offload, quantisation, warnings
+        self._memory: dict[str, StageMemory] = {}
+        self._texts: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def memory(self) -> tuple[StageMemory, ...]:
+        """The most memory that loading took, and the text encoder and sampling of the latest sheet."""
+        return tuple(self._memory.values())
+
+    def sheet(
+        self,
+        prompt: str,
+        references: Sequence[Tensor] = (),
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative: str = "",
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """One 2x2 sheet, (3, 2S, 2S) float32 sRGB 0-1 on the CPU, on the card's background colour.
+
+        prompt: with the card's template filled. references: the given views in the order front, left, back, right,
+        each (3, S, S) float sRGB 0-1 on the background; networks see them in 8 bit. S is the card's panel_size.
+        steps, guidance: None takes the card's. on_step(step from 1, steps, preview) after every step may raise to
+        cancel; preview() decodes the sheet that the model expects at that point, (3, 2S, 2S) float 0-1, and costs
+        a pass of the decoder. Raises TriptychError for wrong input, when memory runs out and after `unload`.
+        """
+        if self.pipeline is None:
+            raise TriptychError(f"the model {self.card.name} was unloaded: load it again")
+        pictures = [self._picture(i, reference) for i, reference in enumerate(references)]
+        steps = self.card.steps if steps is None else steps
+        guidance = self.card.guidance if guidance is None else guidance
+        if not 0 <= guidance <= 100:
+            raise TriptychError(f"guidance is {guidance}, it has to be 0-100")
+        if not 0 <= seed <= _MAX_SEED:
+            raise TriptychError(f"the seed is {seed}, it has to be 0-{_MAX_SEED}")
+        levels = sigmas(steps, self.card.shift)
+        noise = self._noise(torch.Generator().manual_seed(seed))
+        with self._lock, torch.no_grad():
+            try:
+                with self._stage("text encoder", "text_encoder", "text_encoder_2"):
+                    texts = self._text(prompt), self._text(negative) if self.uses_negative(guidance) else None
+                with self._stage("sampling", "transformer", "vae"):
+                    made = self._sample(texts[0], texts[1], pictures, noise, levels, guidance, on_step)
+            finally:
+                self.pipeline.maybe_free_model_hooks()
+        return made[0].float().clamp(0, 1).cpu()
+
+    def notes(self, *, guidance: float | None = None, negative: str = "", references: int = 0) -> tuple[str, ...]:
+        """What of such a call has no effect on this model, as sentences for the user."""
+        guidance = self.card.guidance if guidance is None else guidance
+        if negative and not self.uses_negative(guidance):
+            return (f"{self.card.name} does not use a negative prompt with guidance {guidance:g}",)
+        return ()
+
+    def unload(self) -> None:
+        """Lets go of all memory. The model cannot be used any more."""
+        with self._lock:
+            if self.pipeline is not None and self.offload != "none":
+                self.pipeline.remove_all_hooks()
+            self.pipeline = None
+            self._texts.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @abstractmethod
+    def uses_negative(self, guidance: float) -> bool:
+        """Whether a second pass with the negative prompt is made."""
+
+    @abstractmethod
+    def _noise(self, generator: torch.Generator) -> Tensor:
+        """Float32 noise of a sheet in the layout that the pipeline takes as its latents."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> Any:
+        """The text's embeddings, whatever the architecture needs of them."""
+
+    @abstractmethod
+    def _sample(
+        self,
+        text: Any,
+        negative: Any,
+        pictures: list[Image.Image],
+        noise: Tensor,
+        levels: list[float],
+        guidance: float,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """(1, 3, 2S, 2S), 0-1."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """The pipeline's latents -> (1, 3, 2S, 2S), 0-1."""
+
+    def _text(self, text: str) -> Any:
+        if text in self._texts:
+            self._texts.move_to_end(text)
+        else:
+            self._texts[text] = self._encode(text)
+            while len(self._texts) > _KEPT_PROMPTS:
+                self._texts.popitem(last=False)
+        return self._texts[text]
+
+    def _callback(self, on_step: OnStep, noise: Tensor, levels: list[float]) -> Callable[..., dict]:
+        """diffusers' callback for ours. The expected sheet follows from two states of a straight line:
+        x0 = x - sigma dx / dsigma."""
+        ends = [*levels, 0.0]
+        before = noise
+
+        def called(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
+            nonlocal before
+            after, start = values["latents"], before.to(values["latents"])
+            before = after
+
+            def preview() -> Tensor:
+                slope = (after.float() - start.float()) / (ends[step + 1] - ends[step])
+                with torch.no_grad():
+                    expected = (after.float() - ends[step + 1] * slope).to(after.dtype)
+                    return self._decode(expected)[0].float().clamp(0, 1).cpu()
+
+            on_step(step + 1, len(levels), preview)
+            return {}
+
+        return called
+
+    def _picture(self, index: int, reference: Tensor) -> Image.Image:
+        size = self.card.panel_size
+        if tuple(reference.shape) != (3, size, size):
+            raise TriptychError(
+                f"reference {index + 1} has the shape {tuple(reference.shape)}, {self.card.name} takes (3, {size}, "
+                f"{size}): prepare the picture at {size} pixels"
+            )
+        if not reference.is_floating_point() or not torch.isfinite(reference).all():
+            raise TriptychError(f"reference {index + 1} must hold finite numbers 0-1: prepare the picture first")
+        pixels = (reference.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).cpu().numpy()))
+
+    @contextmanager
+    def _stage(self, name: str, *parts: str) -> Iterator[None]:
+        """Measures a stage's memory, and says what to do when it does not suffice."""
+        meter = _Meter(self.device)
+        try:
+            with meter:
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            raise TriptychError(
+                f"the {name} of {self.card.name} ran out of memory on {self.device} (offload {self.offload}, "
+                f"quantisation {self.quantisation}): choose offload model or sequential, or quantisation int8 or nf4"
+            ) from error
+        weights = sum(network_bytes(part) for key, part in networks_of(self.pipeline).items() if key in parts)
+        peak, measure = (meter.peak, meter.measure) if meter.peak else (weights, "weights")
+        self._memory[name] = StageMemory(name, peak, weights, measure)
+
+
+def load_flux_views(
+    source: str | Path = "triptych-tiny",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    offload: str = "auto",
+    quantisation: str = "none",
+    lora: str | Path | None = None,
+    lora_strength: float = 1.0,
+    progress: Progress | None = None,
+) -> FluxViews:
+    """A model ready to use.
+
+    source: "triptych-tiny" (embedded), a folder in diffusers layout or of a LoRA with its card, or a Hugging Face
+        repository ``owner/name`` with an optional ``@revision``. See `hub.find_model`.
+    dtype: of the networks; None takes bfloat16 on a GPU and float32 on a CPU.
+    offload: "none" keeps all networks on the device, "model" moves each there for its turn, "sequential" layer by layer
+        (slow, least memory), "auto" picks by the GPU memory that is free.
+    quantisation: "int8" or "fp8" (torchao) or "nf4" (bitsandbytes, CUDA only) of the blocks' matrices.
+    lora: a further LoRA file, folder or repository, applied at lora_strength.
+    progress(stage, share 0-1) is called while loading.
+    Raises TriptychError: see the sentences.
+    """
+    chosen = _checked_device(device)
+    kind = _checked_choices(chosen, dtype, offload, quantisation)
+    tell = progress or (lambda stage, share: None)
+    tell("find", 0.0)
+    found = find_model(source, progress=progress)
+    base, card, loras = _base_of(found, progress)
+    if lora is not None:
+        loras.append((_lora_file(lora, card, progress), lora_strength))
+    tell("load", 0.0)
+    meter = _Meter(torch.device("cpu"))
+    with meter:
+        pipeline, notes = load_pipeline(base.folder, card.architecture, kind, quantisation)
+        tell("load", 0.7)
+        add_loras(pipeline, loras)
+        if quantisation in ("int8", "fp8"):
+            quantise(pipeline, quantisation)
+        tell("load", 0.9)
+        used, more = _placed(pipeline, chosen, offload, card)
+    model = _class_of(card.architecture)(
+        pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*notes, *more)
+    )
+    weights = sum(network_bytes(network) for network in networks_of(pipeline).values())
+    model._memory["load"] = StageMemory("load", meter.peak or weights, weights, "resident" if meter.peak else "weights")
+    tell("load", 1.0)
+    return model
+
+
+def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """LoRA files onto the pipeline's transformer, each at its strength.
+
+    The last one stays apart from the weights, which keeps its precision; those before it, and all where PEFT is absent,
+    are added to the weights. Raises TriptychError when one belongs to another model.
+    """
+    from .lora import apply_lora, merge_lora
+
+    apart = 1 if importlib.util.find_spec("peft") else 0
+    for i, (path, strength) in enumerate(loras):
+        if i < len(loras) - apart:
+            merge_lora(pipeline.transformer, path, strength)
+        else:
+            apply_lora(pipeline, path, strength)
+
+
+def _base_of(found: ModelPlace, progress: Progress | None) -> tuple[ModelPlace, ViewsCard, list[tuple[Path, float]]]:
+    """The full model, the card to ask it by, and the LoRAs that belong to it."""
+    card = found.card
+    if card is not None and card.lora is not None:
+        base = find_model(str(card.base), near=found.folder, progress=progress)
+        if base.card is not None and base.card.lora is not None:
+            raise TriptychError(f"the base {base.title} of {found.title} is itself a LoRA: name a full model as base")
+        _same_architecture(base, card)
+        return base, card, [(found.folder / card.lora, 1.0)]
+    if card is None:
+        distilled = bool(read_index(found.folder).get("is_distilled", False))
+        card = default_card(architecture_of(found.folder), distilled=distilled)
+    else:
+        _same_architecture(found, card)
+    return found, card, []
+
+
+def _same_architecture(base: ModelPlace, card: ViewsCard) -> None:
+    have = architecture_of(base.folder)
+    if have != card.architecture and {have, card.architecture} != {"flux1-kontext", "flux1-dev"}:
+        raise TriptychError(f"{card.name} is for {card.architecture}, but {base.title} is {have}: choose its own base")
+
+
+def _lora_file(lora: str | Path, card: ViewsCard, progress: Progress | None) -> Path:
+    """The safetensors file of a LoRA that is named as a file, or as a folder or repository with a card."""
+    path = Path(lora).expanduser()
+    if path.is_file():
+        return path
+    inside = sorted(path.glob("*.safetensors")) if path.is_dir() and not (path / "views.json").is_file() else []
+    if len(inside) == 1:
+        return inside[0]
+    if len(inside) > 1:
+        raise TriptychError(f"{path} holds {len(inside)} safetensors files: name the LoRA file itself")
+    if path.suffix == ".safetensors":
+        raise TriptychError(f"there is no LoRA file {path}: check the path")
+    found = find_model(lora, progress=progress)
+    if found.card is None or found.card.lora is None:
+        raise TriptychError(f"{found.title} is a full model, not a LoRA: load it as the model itself")
+    if found.card.architecture != card.architecture:
+        raise TriptychError(
+            f"the LoRA {found.card.name} is for {found.card.architecture} ({found.card.base}), but {card.name} is "
+            f"{card.architecture}: choose a LoRA made for it"
+        )
+    return found.folder / found.card.lora
+
+
+def _placed(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) -> tuple[str, tuple[str, ...]]:
+    try:
+        return place(pipeline, device, offload, card)
+    except torch.cuda.OutOfMemoryError as error:
+        size = sum(network_bytes(network) for network in networks_of(pipeline).values()) / GIB
+        raise TriptychError(
+            f"the {size:.1f} GiB of {card.name} do not fit on {device}: choose offload model or sequential, or a "
+            "quantisation"
+        ) from error
+
+
+def _class_of(architecture: str) -> type[FluxViews]:
+    if architecture == "flux2-klein":
+        from .klein import KleinViews
+
+        return KleinViews
+    from .flux1 import FluxDevViews, KontextViews
+
+    return {"flux1-kontext": KontextViews, "flux1-dev": FluxDevViews}[architecture]
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise TriptychError(f"unknown device {str(device)!r}: choose cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise TriptychError(f"device {chosen} was asked for, but torch finds no CUDA GPU here: choose device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise TriptychError(f"there is no {chosen}, only {torch.cuda.device_count()} CUDA GPUs: choose a lower number")
+    return chosen
+
+
+def _checked_choices(
+    device: torch.device, dtype: torch.dtype | str | None, offload: str, quantisation: str
+) -> torch.dtype:
+    """The dtype, once all choices fit together."""
+    if offload not in OFFLOADS:
+        raise TriptychError(f"unknown offload {offload!r}: choose {', '.join(OFFLOADS)}")
+    if quantisation not in QUANTISATIONS:
+        raise TriptychError(f"unknown quantisation {quantisation!r}: choose {', '.join(QUANTISATIONS)}")
+    if quantisation == "nf4" and device.type != "cuda":
+        raise TriptychError("quantisation nf4 needs a CUDA GPU: choose int8, or device cuda")
+    if offload == "sequential" and quantisation != "none":
+        raise TriptychError(f"offload sequential does not go with quantisation {quantisation}: choose offload model")
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    kind = DTYPES.get(str(dtype).removeprefix("torch."))
+    if kind is None:
+        raise TriptychError(f"unknown dtype {dtype!r}: choose {', '.join(DTYPES)}")
+    return kind

@@ -1,0 +1,122 @@
+"""Finding a Flux views model: the embedded one, a folder, or a Hugging Face repository; its files checked.
+
+Of a repository only what the diffusers layout names is fetched, never the single files that publishers put beside it
+for other programs. A revision is pinned to its commit, and what was fetched opens without a network (`bundles.hub`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundles.bundle import EMBEDDED
+from ..bundles.hub import HubFolder
+from ..errors import TriptychError
+from .card import CARD, MODEL_INDEX, ViewsCard, read_card, verify_files
+
+Progress = Callable[[str, float], None]
+EMBEDDED_FOLDER = Path(__file__).resolve().parents[2] / "weights" / EMBEDDED / "flux"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_MAX_INDEX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """folder: of the model, all of its files here and checked. card: its views.json, None of a plain diffusers folder.
+    title: what to call it in messages."""
+
+    folder: Path
+    title: str
+    card: ViewsCard | None
+
+
+def find_model(source: str | Path, *, near: Path | None = None, progress: Progress | None = None) -> ModelPlace:
+    """The model that ``source`` names: "triptych-tiny", a folder, or ``owner/name`` with an optional ``@revision``.
+
+    A folder holds views.json, or model_index.json, or a folder ``flux`` that does. near: where relative folders may
+    also start. progress("fetch", share) while a repository is fetched.
+    Raises TriptychError when nothing is found, or what is found fails its card's hashes.
+    """
+    name = str(source)
+    for place in (Path(source).expanduser(), *([near / name] if near else [])):
+        for folder in (place, place / "flux"):
+            if (folder / CARD).is_file() or (folder / MODEL_INDEX).is_file():
+                return _checked(folder, str(folder))
+        if place.is_dir():
+            raise TriptychError(f"{place} is no Flux model: it has neither {CARD} nor {MODEL_INDEX}; choose another")
+    if name == EMBEDDED:
+        if not (EMBEDDED_FOLDER / CARD).is_file():
+            raise TriptychError(
+                f"the embedded Flux model is missing at {EMBEDDED_FOLDER}: get the whole repository again, or give "
+                "the folder or repository of another model"
+            )
+        return _checked(EMBEDDED_FOLDER, EMBEDDED)
+    if _REPOSITORY.fullmatch(name) and not name.startswith("."):
+        return _fetched(name, progress or (lambda stage, share: None))
+    raise TriptychError(
+        f"no Flux model {name!r} found: give {EMBEDDED}, a folder in diffusers layout, or a repository owner/name"
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json. Raises TriptychError when it is missing or damaged."""
+    path = folder / MODEL_INDEX
+    if not path.is_file():
+        raise TriptychError(f"{folder} is not in diffusers layout: it has no {MODEL_INDEX}; choose another folder")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON object. Raises TriptychError when it is damaged, no object, or not small."""
+    if path.stat().st_size > _MAX_INDEX_BYTES:
+        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, too many for an index: fetch the model again")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise TypeError(f"it holds a {type(data).__name__}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TriptychError(f"{path} is damaged ({error}): fetch the model again") from error
+    return data
+
+
+def _checked(folder: Path, title: str) -> ModelPlace:
+    if not (folder / CARD).is_file():
+        return ModelPlace(folder, title, None)
+    card = read_card(folder)
+    verify_files(folder, card)
+    return ModelPlace(folder, title, card)
+
+
+def _fetched(name: str, progress: Progress) -> ModelPlace:
+    repository, _, revision = name.partition("@")
+    remote = HubFolder(repository, revision or None)
+    names = remote.names()
+    if CARD in names:
+        folder = remote.fetch(CARD).parent
+        wanted = sorted(read_card(folder).files)
+    elif MODEL_INDEX in names:
+        folder = remote.fetch(MODEL_INDEX).parent
+        parts = {key for key, value in read_index(folder).items() if isinstance(value, list) and value[:1] != [None]}
+        wanted = [file for file in names if _is_wanted(file, parts)]
+    else:
+        raise TriptychError(f"{remote.title} has neither {CARD} nor {MODEL_INDEX}: choose a repository of that layout")
+    for i, file in enumerate(wanted):
+        progress("fetch", i / len(wanted))
+        remote.fetch(file)
+    progress("fetch", 1.0)
+    return _checked(folder, remote.title)
+
+
+def _is_wanted(file: str, parts: set[str]) -> bool:
+    """Whether a repository's file belongs to a part: configs, tokenizers, and weights of full precision."""
+    part, _, name = file.partition("/")
+    if part not in parts or "/" in name:
+        return False
+    if ".safetensors" in name:
+        return _WEIGHTS.fullmatch(name) is not None
+    return name.endswith((".json", ".txt", ".jinja", ".model"))
