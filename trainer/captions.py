@@ -252,6 +252,12 @@ def random_colours(generator: np.random.Generator) -> list[str]:
     return [COLOUR_NAMES[i] for i in generator.choice(len(COLOUR_NAMES), size=count, replace=False)]
 
 
+def random_adjective(generator: np.random.Generator) -> str:
+    """A material or a state, as an object of that name might have."""
+    words = sorted(set(_MATERIALS.values())) if generator.random() < 0.6 else sorted(_FRONT)
+    return words[int(generator.integers(len(words)))]
+
+
 @dataclass(frozen=True)
 class Description:
     """A caption and what it says. words: the object's own, "" if it names but the category; colours: those it names."""

@@ -151,15 +151,16 @@ def relight(
     generator: np.random.Generator,
     views: Sequence[int] = (0, 1, 2, 3),
     recolouring: Recolouring | None = None,
+    rotations: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Shaded pictures of the rig's views under random light and colour.
 
     albedo (4, S, S, 4) uint8, normal (4, S, S, 3) uint8, world frame; views: which of them; recolouring: of the
-    object, None draws one. Returns (V, 4, S, S) float32 RGBA, sRGB 0-1, straight alpha. One light serves all views; it
-    turns with the camera or stands in the world, half and half. Light, ambient share, exposure and gloss vary; one in
-    ten is unshaded.
+    object, None draws one; rotations: (4, 3, 3) of their cameras (Camera.rotation), None for the rig's. Returns
+    (V, 4, S, S) float32 RGBA, sRGB 0-1, straight alpha. One light serves all views; it turns with the camera or stands
+    in the world, half and half. Light, ambient share, exposure and gloss vary; one in ten is unshaded.
     """
-    rotations = _ROTATIONS[list(views)]
+    rotations = (_ROTATIONS if rotations is None else rotations)[list(views)]
     albedo, normal = albedo[list(views)], normal[list(views)]
     colour = torch.from_numpy(np.ascontiguousarray(albedo)).permute(0, 3, 1, 2).float() / 255
     alpha, rgb = colour[:, 3:], colour[:, :3]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.tasks.flux_views import FluxViewsConfig
 
 
 def flux_vae_tiny() -> TrainConfig:
@@ -24,6 +29,27 @@ def flux_vae_tiny() -> TrainConfig:
         checkpoint_every=400,
         validate_every=400,
         pictures_every=400,
+        log_every=25,
+    )
+
+
+def flux_text_tiny() -> TrainConfig:
+    """The small text encoder and its tokenizer: about a quarter of an hour on one CPU core."""
+    from trainer.tasks.flux_text import FluxTextConfig
+
+    return TrainConfig(
+        name="flux_text_tiny",
+        task="flux_text",
+        task_config=FluxTextConfig(data=("data",)),
+        steps=600,
+        batch_size=16,
+        lr=0.003,
+        warmup_steps=50,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        ema_decay=0.99,
+        checkpoint_every=150,
+        validate_every=150,
         log_every=25,
     )
 
@@ -50,3 +76,76 @@ def flux_views_tiny() -> TrainConfig:
         validate_every=250,
         pictures_every=250,
     )
+
+
+def _fine_tuning(name: str, task_config: Any, **changes: Any) -> TrainConfig:
+    """What fine-tuning a published model has in common: one sheet at a time, eight to a step."""
+    facts: dict[str, Any] = {
+        "steps": 5000,
+        "batch_size": 8,
+        "accumulation": 8,
+        "lr": 1e-4,
+        "schedule": "constant",
+        "warmup_steps": 100,
+        "precision": "bf16",
+        "ema_decay": 0.99,
+        "workers": 2,
+        "checkpoint_every": 250,
+        "validate_every": 500,
+        "pictures_every": 500,
+    }
+    return TrainConfig(name=name, task="flux_views", task_config=task_config, **facts | changes)
+
+
+def _views_config(base: str, architecture: str, licence: str, **changes: Any) -> FluxViewsConfig:
+    """Sheets of 1024 px on white, the sentence of the architecture's card, cached prompts. The noise levels' shift is
+    the one that trainers of these models share, sqrt(10); sheets are sampled with the published one."""
+    from trainer.flux_base import LoraSettings
+    from trainer.tasks.flux_views import FluxViewsConfig
+    from triptych.flux.card import default_card
+
+    card = default_card(architecture)
+    facts: dict[str, Any] = {
+        "lora": LoraSettings(rank=32),
+        "gradient_checkpointing": True,
+        "prompt_template": card.prompt_template,
+        "shift": 3.162,
+        "sample_shift": card.shift,
+        "sample_steps": 28,
+        "sample_guidance": card.guidance,
+        "sample_batch": 1,
+        "validation_sheets": 32,
+        "generated_sheets": 4,
+        "licence": licence,
+    }
+    return FluxViewsConfig(cache=("sheets",), base=base, text="sheets/text", **facts | changes)
+
+
+def flux2_klein_4b_lora() -> TrainConfig:
+    """The recommended one: a LoRA on FLUX.2-klein-base-4B, whose weights may be shared under Apache-2.0. With
+    --set task_config.quantisation=int8 for a smaller card; `python -m trainer plan` says which."""
+    config = _views_config("black-forest-labs/FLUX.2-klein-base-4B", "flux2-klein", "Apache-2.0")
+    return _fine_tuning("flux2_klein_4b_lora", config)
+
+
+def flux2_klein_4b_full() -> TrainConfig:
+    """All weights of FLUX.2-klein-base-4B, for one card of 141 GB: more to gain, and more to forget, than a LoRA."""
+    from trainer.flux_base import LoraSettings
+
+    config = _views_config("black-forest-labs/FLUX.2-klein-base-4B", "flux2-klein", "Apache-2.0", lora=LoraSettings())
+    return _fine_tuning("flux2_klein_4b_full", config, lr=1e-5, batch_size=32, accumulation=32)
+
+
+def flux2_klein_9b_lora() -> TrainConfig:
+    """A LoRA on FLUX.2-klein-base-9B, whose licence forbids commercial use; the base in 8 bits."""
+    licence = "FLUX Non-Commercial License, as its publisher states"
+    config = _views_config("black-forest-labs/FLUX.2-klein-base-9B", "flux2-klein", licence, quantisation="int8")
+    return _fine_tuning("flux2_klein_9b_lora", config)
+
+
+def flux1_kontext_lora() -> TrainConfig:
+    """A LoRA on FLUX.1-Kontext-dev, whose licence forbids commercial use; the base in 8 bits. Several given views are
+    one picture to it. FLUX.1-dev, from words alone, is trained with --set task_config.base=..."""
+    licence = "FLUX.1-dev Non-Commercial License, as its publisher states"
+    config = _views_config("black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext", licence, quantisation="int8")
+    return _fine_tuning("flux1_kontext_lora", config)

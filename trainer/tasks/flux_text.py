@@ -9,6 +9,10 @@ in its chat template. So the model is trained to continue that very template wit
 and each of the layers that are read has to say it by itself, through the last norm and the tied embedding. A layer that
 can name the category and the colours of a prompt holds them in a form that a linear layer can read.
 
+Most of the 512 tokens that Flux reads are padding behind a short prompt: they see all of it and no other token sees
+them. A share of the samples trains them to hold a summary: wherever such a token stands, its hidden states have to name
+the words of the answer, in no order. So a prompt that differs in one word differs in hundreds of tokens.
+
 Captions (trainer.captions) come from the names of the prepared objects; their colours are those of the object as
 prepared, or drawn: the language has to work for colours that no object has. The tokenizer is a function of the config
 and the data alone, so that a resumed run has the same one.
@@ -36,8 +40,10 @@ from trainer.captions import (
     Description,
     colour_words,
     describe,
+    random_adjective,
     random_colours,
     vocabulary,
+    words_of,
 )
 from trainer.data import PreparedData
 from trainer.export import without_places
@@ -60,6 +66,9 @@ _CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endif -%}
 """
+_PROMPT, _ANSWER, _PADDING = 0, 1, 4  # kinds of tokens, beside those of the answer that are counted by themselves:
+_KINDS = {"category": 2, "colours": 3}
+_PADS = 4  # padding tokens of one sample
 _GIVEN = ("front", "front, left", "front, back", "front, left, back", "front, right", "left", "back", "left, right")
 
 
@@ -76,9 +85,12 @@ class FluxTextConfig:
     attention_heads: int = 2
     key_value_heads: int = 1
     drawn_colours: float = 0.6  # share of captions whose colours are drawn; the others tell the object's own
+    drawn_adjectives: float = 0.2  # share of captions with a material or state that the name does not have
     empty_text: float = 0.05  # share of prompts that say nothing about the object
     layer_weight: float = 0.5  # of the loss at layers 9, 18 and 27, together, against 1 at the end
     prompt_weight: float = 0.05  # of the prompt's own tokens, against 1 for the answer's
+    pad_share: float = 0.5  # of the samples: padding behind the prompt instead of an answer
+    pad_weight: float = 1.0  # of the loss of padding tokens
     validation_objects: int = 192
 
 
@@ -105,9 +117,10 @@ def build_tokenizer(texts: Iterable[str], size: int) -> Qwen2Tokenizer:
     )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in learned["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
+        merges=merges,
         eos_token=_END,
         pad_token=_PAD,
         unk_token=_PAD,
@@ -202,6 +215,23 @@ class Exchange:
         return tuple(zip(("category", "colours", "words", "given"), values, strict=True))
 
 
+def bag_loss(logits: Tensor, bags: Tensor) -> Tensor:
+    """Mean cross entropy of (N, V) logits against the tokens of each row's bag (N, W), -1 is none; 0 for no rows."""
+    inside = bags >= 0
+    chances = logits.log_softmax(dim=-1).gather(1, bags.clamp_min(0))
+    rows = (chances * inside).sum(dim=1) / inside.sum(dim=1).clamp_min(1)
+    return -rows.sum() / max(len(rows), 1)
+
+
+def bag_recall(logits: Tensor, bags: Tensor) -> Tensor:
+    """Share of the tokens of the bags that are among as many likeliest ones as the row's bag has different tokens."""
+    rows = []
+    for row, bag in zip(logits, bags, strict=True):
+        wanted = bag[bag >= 0].unique()
+        rows.append(torch.isin(wanted, row.topk(len(wanted)).indices).float().mean())
+    return torch.stack(rows).mean()
+
+
 def fill_prompt(template: str, text: str, given: str) -> str:
     """A prompt template with its two places filled."""
     return template.replace("{text}", text).replace("{given}", given)
@@ -286,87 +316,131 @@ class FluxTextTask:
     def sample(self, index: int, seed: int) -> dict[str, Tensor]:
         generator = np.random.default_rng(seed)
         part, row = self._locate(index)
+        record = part.rows[row][2]
+        if generator.random() < self.config.drawn_adjectives and words_of(record["name"]):
+            record = record | {"name": f"{random_adjective(generator)}_{record['name']}"}
         drawn = generator.random() < self.config.drawn_colours
         colours = random_colours(generator) if drawn else self._own_colours(index)
-        description = describe(part.rows[row][2], colours, generator)
-        return self._tokens(draw_exchange(description, self.config, generator))
+        exchange = draw_exchange(describe(record, colours, generator), self.config, generator)
+        padded = generator.random() < self.config.pad_share
+        return self._padded(exchange, generator) if padded else self._tokens(exchange)
 
     def _tokens(self, exchange: Exchange) -> dict[str, Tensor]:
-        """ids (T,) int64 of prompt and answer; kind (T,) int64: 0 prompt, 1 answer, 2 category, 3 colours in it."""
+        """Prompt and answer: ids, kind (see _KINDS), place (T,) and bag (W,), tokens of the answer's words; int64."""
         ids = prompt_ids(self.tokenizer, exchange.prompt)
-        kinds = [0] * len(ids)
+        kinds = [_PROMPT] * len(ids)
+        bag: list[int] = []
         for name, value in exchange.answer_parts():
-            before = "" if name == "category" else "; "
-            for text, kind in ((f"{before}{name}:", 1), (f" {value}", {"category": 2, "colours": 3}.get(name, 1))):
-                part = self.tokenizer(text)["input_ids"]
-                ids += part
-                kinds += [kind] * len(part)
-        ids.append(self.tokenizer.eos_token_id)
-        kinds.append(1)
-        return {"ids": torch.tensor(ids), "kind": torch.tensor(kinds)}
+            label = self.tokenizer(f"{'' if name == 'category' else '; '}{name}:")["input_ids"]
+            said = self.tokenizer(f" {value}")["input_ids"]
+            ids += label + said
+            kinds += [_ANSWER] * len(label) + [_KINDS.get(name, _ANSWER)] * len(said)
+            bag += said
+        ids.append(int(self.tokenizer.eos_token_id))
+        kinds.append(_ANSWER)
+        places = torch.arange(len(ids))
+        return {"ids": torch.tensor(ids), "kind": torch.tensor(kinds), "place": places, "bag": torch.tensor(bag)}
+
+    def _padded(self, exchange: Exchange, generator: np.random.Generator) -> dict[str, Tensor]:
+        """The prompt and a few of the padding tokens behind it, anywhere up to 512; as in _tokens."""
+        whole = self._tokens(exchange)
+        used = whole["kind"] == _PROMPT
+        length = int(used.sum())
+        behind = length + generator.choice(max(512 - length, _PADS), size=_PADS, replace=False)
+        behind[0] = length
+        return {
+            "ids": torch.cat([whole["ids"][used], torch.full((_PADS,), int(self.tokenizer.pad_token_id))]),
+            "kind": torch.cat([whole["kind"][used], torch.full((_PADS,), _PADDING)]),
+            "place": torch.cat([whole["place"][used], torch.from_numpy(behind)]),
+            "bag": whole["bag"],
+        }
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        length = max(len(sample["ids"]) for sample in samples)
-        ids = torch.full((len(samples), length), int(self.tokenizer.pad_token_id))
-        kind = torch.full_like(ids, -1)
-        for row, sample in enumerate(samples):
-            ids[row, : len(sample["ids"])] = sample["ids"]
-            kind[row, : len(sample["kind"])] = sample["kind"]
-        return {"ids": ids, "kind": kind}
+        """Rows filled up with padding of kind -1 that counts nowhere, bags with -1."""
+        fill = {"ids": int(self.tokenizer.pad_token_id), "kind": -1, "place": 0, "bag": -1}
+        return {
+            key: torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
+            for key, value in fill.items()
+        }
+
+    def _states(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        mask = ((batch["kind"] >= 0) & (batch["kind"] != _PADDING)).long()
+        read = model.model(
+            input_ids=batch["ids"], attention_mask=mask, position_ids=batch["place"], output_hidden_states=True
+        )
+        return read.hidden_states
 
     def loss(self, model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Any]]:
         ids, kind = batch["ids"], batch["kind"][:, 1:]
-        states = model.model(
-            input_ids=ids, attention_mask=(batch["kind"] >= 0).long(), output_hidden_states=True
-        ).hidden_states
-        counted = kind >= 0
+        states = self._states(model, batch)
+        counted = (kind >= 0) & (kind != _PADDING)
         target = ids[:, 1:][counted]
-        weight = torch.where(kind > 0, 1.0, self.config.prompt_weight)[counted]
-        losses = {}
+        weight = torch.where(kind > _PROMPT, 1.0, self.config.prompt_weight)[counted]
+        pads = batch["kind"] == _PADDING
+        bags = batch["bag"][pads.nonzero()[:, 0]]
+        losses, scalars = {}, {}
         for layer in (*FLUX_TEXT_LAYERS, len(states) - 1):
-            state = states[layer][:, :-1][counted]
             last = layer == len(states) - 1  # the last one has been through the norm already
-            logits = model.lm_head(state if last else model.model.norm(state)).float()
+            norm = nn.Identity() if last else model.model.norm
+            logits = model.lm_head(norm(states[layer][:, :-1][counted])).float()
             losses[layer] = (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+            if not last:
+                scalars[f"loss_layer_{layer}"] = losses[layer].detach()
+                scalars[f"pad_layer_{layer}"] = bag_loss(model.lm_head(norm(states[layer][pads])).float(), bags)
         end = losses.pop(len(states) - 1)
         inner = torch.stack(list(losses.values())).mean()
-        scalars = {f"loss_layer_{layer}": value.detach() for layer, value in losses.items()}
-        return end + self.config.layer_weight * inner, scalars | {"answer": end.detach()}
+        summary = torch.stack([scalars[f"pad_layer_{layer}"] for layer in FLUX_TEXT_LAYERS]).mean()
+        total = end + self.config.layer_weight * inner + self.config.pad_weight * summary
+        return total, {key: value.detach() for key, value in scalars.items()} | {"answer": end.detach()}
 
     def validate(self, model: Any) -> dict[str, float]:
         """One caption of each held-out object, its own colours: of the answer's tokens given those before.
 
         loss and perplexity over the answer; category and colours: share of objects whose tokens are all right, at the
-        end and (``_layer_9`` ...) at the layers that Flux reads; state_std_*: of the prompt's hidden states there.
+        end and (``_layer_9`` ...) at the layers that Flux reads; state_std_*: of the prompt's hidden states there;
+        pad_words_*: share of the answer's words among the likeliest tokens of the padding.
         """
-        samples = self._held_out_samples()
-        batch = {key: value.to(self.device) for key, value in self.collate(samples).items()}
+        exchanges = self._held_out_exchanges()
+        batch = self._on_device([self._tokens(exchange) for exchange in exchanges])
         kind = batch["kind"][:, 1:]
-        states = model.model(
-            input_ids=batch["ids"], attention_mask=(batch["kind"] >= 0).long(), output_hidden_states=True
-        ).hidden_states
+        states = self._states(model, batch)
         logits = model.lm_head(states[-1]).float()[:, :-1]
-        answer = kind > 0
+        answer = kind > _PROMPT
         loss = float(F.cross_entropy(logits[answer], batch["ids"][:, 1:][answer]))
         result = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
         for layer in (len(states) - 1, *FLUX_TEXT_LAYERS):
             last = layer == len(states) - 1
             guess = (logits if last else model.lm_head(model.model.norm(states[layer]))[:, :-1]).argmax(dim=-1)
             right = guess == batch["ids"][:, 1:]
-            for name, number in (("category", 2), ("colours", 3)):
+            for name, number in _KINDS.items():
                 hit = (right | (kind != number)).all(dim=1).float().mean()
                 result[name if last else f"{name}_layer_{layer}"] = float(hit)
             if not last:
-                result[f"state_std_{layer}"] = float(states[layer][batch["kind"] == 0].float().std())
+                result[f"state_std_{layer}"] = float(states[layer][batch["kind"] == _PROMPT].float().std())
+        return result | self._validate_padding(model, exchanges)
+
+    def _validate_padding(self, model: Any, exchanges: list[Exchange]) -> dict[str, float]:
+        generator = np.random.default_rng(29)
+        batch = self._on_device([self._padded(exchange, generator) for exchange in exchanges])
+        states = self._states(model, batch)
+        pads = batch["kind"] == _PADDING
+        bags = batch["bag"][pads.nonzero()[:, 0]]
+        result = {}
+        for layer in FLUX_TEXT_LAYERS:
+            logits = model.lm_head(model.model.norm(states[layer][pads])).float()
+            result[f"pad_words_layer_{layer}"] = float(bag_recall(logits, bags))
         return result
 
-    def _held_out_samples(self) -> list[dict[str, Tensor]]:
-        samples = []
+    def _on_device(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in self.collate(samples).items()}
+
+    def _held_out_exchanges(self) -> list[Exchange]:
+        exchanges = []
         for number, (record, part, row) in enumerate(self.held_out):
             generator = np.random.default_rng((23, number))
             description = describe(record, colour_words(part[row]["albedo"]), generator)
-            samples.append(self._tokens(draw_exchange(description, self.config, generator)))
-        return samples
+            exchanges.append(draw_exchange(description, self.config, generator))
+        return exchanges
 
     def pictures(self, model: nn.Module) -> None:
         return None
@@ -391,7 +465,7 @@ def write_text_encoder(model: Any, tokenizer: Qwen2Tokenizer, folder: Path) -> N
     """folder/text_encoder (config, generation config, bfloat16 safetensors) and folder/tokenizer."""
     from transformers import GenerationConfig, Qwen3ForCausalLM
 
-    half = Qwen3ForCausalLM(model.config).to(torch.bfloat16)
+    half = Qwen3ForCausalLM(model.config).bfloat16()
     half.load_state_dict(model.state_dict())
     half.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False

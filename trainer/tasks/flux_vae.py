@@ -1,9 +1,11 @@
 """Task: the autoencoder of a small Flux model, pictures on a key colour <-> latents at an eighth of the size.
 
-The network is diffusers' AutoencoderKLFlux2 with few channels. It learns from crops around objects; the statistics that
-its latents are normalised with (`bn`) are measured over whole sheets when it is exported, as Flux's pipelines use them.
-The loss is the mean absolute error of colours and of their differences between neighbours: no discriminator, no
-perceptual network, so edges are as sharp as the latent allows and textures somewhat soft.
+The network is diffusers' AutoencoderKLFlux2 with few channels. Its encoder is not trained: it is set up to compute the
+principal components of the training sheets' patches (trainer/linear_codec.py), because a learned one of this size needs
+hours before it carries colour. The decoder learns, from crops around objects. Its loss is the mean absolute error of
+colours, of their differences between neighbours, and of hues over a few pixels: no discriminator, no perceptual
+network, so edges are as sharp as the latent allows. The statistics that latents are normalised with (`bn`) are measured
+over whole sheets, as Flux's pipelines use them; `scale` leaves the weakest components below unit variance there.
 """
 
 from __future__ import annotations
@@ -18,24 +20,28 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data import JoinedData, draw_recolouring, relight, symmetric_sample
+from trainer.linear_codec import principal_components, set_linear_encoder
 from trainer.prepare.sheets import PLAIN, canonical_shade, grid, on_background, recoloured
 from trainer.task import Task
 
 
 @dataclass(frozen=True)
 class FluxVaeConfig:
-    """data: prepared folders, the first one's validation objects are held out. channels: fine to coarse, each a
-    multiple of 32 so that ComfyUI's group norms fit. crop: side of a training crop in pixels; 0 is the whole view."""
+    """data: prepared folders, the first one's validation objects are held out. channels: fine to coarse, see
+    trainer/linear_codec.py for the least. scale: of the components (of patches in -1..1). crop: side of a training crop
+    in pixels, 0 is the whole view. component_sheets: how many sheets the components are computed of."""
 
     data: tuple[str, ...]
-    channels: tuple[int, ...] = (32, 32, 64, 96)
+    channels: tuple[int, ...] = (32, 48, 96, 96)
     layers_per_block: int = 1
     latent_channels: int = 32
+    scale: float = 0.06
     background: tuple[float, float, float] = (1.0, 0.0, 1.0)
     crop: int = 64
-    kl_weight: float = 1e-6
-    edge_weight: float = 1.0
+    edge_weight: float = 0.5
+    hue_weight: float = 1.0
     validation_objects: int = 32
+    component_sheets: int = 384
     statistics_sheets: int = 256
 
 
@@ -52,7 +58,7 @@ def small_vae(config: FluxVaeConfig) -> Any:
         block_out_channels=tuple(config.channels),
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
-        norm_num_groups=32,
+        norm_num_groups=1,
         sample_size=256,
         use_quant_conv=True,
         use_post_quant_conv=True,
@@ -72,6 +78,24 @@ def measure_statistics(vae: Any, sheets: list[Tensor]) -> None:
     vae.bn.running_var.copy_(latents.var((0, 2, 3)))
 
 
+def component_pictures(data: JoinedData, config: FluxVaeConfig) -> Tensor:
+    """Sheets (N, 3, 2S, 2S) in 0-1 spread over the data, every second one recoloured; the same on every call."""
+    generator = np.random.default_rng(0)
+    sheets = []
+    for number, place in enumerate(np.linspace(0, len(data) - 1, min(config.component_sheets, len(data))).astype(int)):
+        sample = data[int(place)]
+        if number % 2:
+            sample = sample | {"albedo": recoloured(sample["albedo"], draw_recolouring(generator))}
+        sheets.append(grid(on_background(canonical_shade(sample["albedo"], sample["normal"]), config.background)))
+    return torch.stack(sheets)
+
+
+def coarse_hue(pixels: Tensor) -> Tensor:
+    """Red, green and blue less their mean, averaged over 4 x 4 pixels: (B, 3, H, W) -> (B, 3, H / 4, W / 4)."""
+    coarse = torch.nn.functional.avg_pool2d(pixels, 4)
+    return coarse - coarse.mean(1, keepdim=True)
+
+
 class FluxVaeTask(Task):
     config: FluxVaeConfig
 
@@ -79,12 +103,25 @@ class FluxVaeTask(Task):
         self.config = config
 
     def build_model(self) -> torch.nn.Module:
-        return small_vae(self.config)
+        vae = small_vae(self.config)
+        self._open()
+        pixels = component_pictures(self.data, self.config) * 2 - 1
+        directions, squares = principal_components(pixels, self.config.background, self.config.latent_channels)
+        set_linear_encoder(vae, directions, self.config.background, self.config.scale)
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+        with torch.no_grad():  # the decoder begins with components of one size
+            equal = torch.diag(1 / (self.config.scale * squares.sqrt()))
+            vae.post_quant_conv.weight.copy_(equal[:, :, None, None])
+        return vae
 
     def setup(self, device: torch.device) -> None:
         self.device = device
-        self.data = JoinedData(self.config.data, "train")
+        self._open()
         self.held_out = JoinedData(self.config.data[:1], "validation")
+
+    def _open(self) -> None:
+        self.data = JoinedData(self.config.data, "train")
 
     def size(self) -> int:
         return len(self.data)
@@ -115,14 +152,14 @@ class FluxVaeTask(Task):
 
     def loss(self, model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Any]]:
         pixels = batch["pixels"].contiguous(memory_format=torch.channels_last) * 2 - 1
-        posterior = model.encode(pixels).latent_dist
-        # The noise is a function of the loop's seed for this step, as the loop promises.
-        decoded = model.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample.float()
+        with torch.no_grad():
+            latents = model.encode(pixels).latent_dist.mode()
+        decoded = model.decode(latents).sample.float()
         colour = (decoded - pixels).abs().mean()
         edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
-        loss = colour + self.config.edge_weight * edges + self.config.kl_weight * kl
-        return loss, {"colour": colour.detach(), "kl": kl.detach()}
+        hue = (coarse_hue(decoded) - coarse_hue(pixels)).abs().mean()
+        loss = colour + self.config.edge_weight * edges + self.config.hue_weight * hue
+        return loss, {"colour": colour.detach(), "hue": hue.detach()}
 
     def validate(self, model: Any) -> dict[str, float]:
         """PSNR of held-out sheets in dB, and the mean absolute error (loss) of colours 0-1."""

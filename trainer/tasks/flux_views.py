@@ -10,24 +10,47 @@ published schedulers bend only the levels they sample with.
 
 Words are dropped for guidance, as the empty prompt with which pipelines guide; references are dropped so that words
 alone make a sheet, but only where the object faces the front that its source meant.
+
+Without a base the transformer is small and starts from random weights. With one (a published model, or a small one of
+ours) it is fine-tuned, as LoRA or whole: trainer/flux_base.py. FLUX.1 Kontext and dev are trained in the same way; dev
+takes no references, so it learns sheets from words alone. Big text encoders stay out of the loop: the embeddings of
+every prompt that can be drawn are made once (`cache_words`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.sheet_data import CachedSheet, SheetData
+from trainer.flux_base import (
+    KLEIN,
+    FluxBase,
+    FrozenParts,
+    LoraSettings,
+    Words,
+    find_base,
+    for_a_while,
+    grouped_velocity,
+    token_ids,
+    training_transformer,
+    velocity_of,
+    write_lora,
+    write_whole,
+)
+from trainer.sheet_data import CachedSheet, SheetData, TextCache, cache_text, same_autoencoder
 from trainer.task import Task
 from triptych.errors import TriptychError
-from triptych.flux.card import ViewsCard, sigmas, write_card
+from triptych.flux.card import ViewsCard, default_card, sigmas, write_card
+
+__all__ = ["FluxViewsConfig", "FluxViewsTask", "TransformerSize", "grouped_velocity", "token_ids", "velocity_of"]
 
 TEMPLATE = "{text}. given: {given}."
 
@@ -46,10 +69,15 @@ class FluxViewsConfig:
     """cache: folders of `trainer sheets`. parts: a folder with vae/, text_encoder/ and tokenizer/ in diffusers' layout.
     text_tokens: length that prompts are padded to. shift, logit_mean, logit_std: of the noise levels.
     vocabulary: a JSON list of the words that a small text encoder knows, for the card; "" for one that knows language.
+
+    base: a folder in diffusers' layout or a repository to fine-tune; "" starts a transformer of ``size``. lora,
+    quantisation, gradient_checkpointing: how, see trainer/flux_base.py. text: a folder of cached prompts; "" keeps the
+    text encoder at hand. sample_shift: of the sampler and the card, 0 takes that of training. sample_batch: sheets
+    generated at a time, 0 for all. licence: of the weights, for the card; "" takes the base's (of ours: Apache-2.0).
     """
 
     cache: tuple[str, ...]
-    parts: str
+    parts: str = ""
     size: TransformerSize = TransformerSize()
     prompt_template: str = TEMPLATE
     text_tokens: int = 512
@@ -63,22 +91,59 @@ class FluxViewsConfig:
     sample_guidance: float = 2.0
     validation_sheets: int = 64
     generated_sheets: int = 16
+    base: str = ""
+    lora: LoraSettings = LoraSettings()
+    quantisation: Literal["none", "int8", "fp8", "nf4"] = "none"
+    gradient_checkpointing: bool = False
+    text: str = ""
+    sample_shift: float = 0.0
+    sample_batch: int = 0
+    licence: str = ""
 
 
 class FluxViewsTask(Task):
     config: FluxViewsConfig
 
     def __init__(self, config: FluxViewsConfig) -> None:
+        if not (config.parts or config.base):
+            raise TriptychError("flux_views needs the base to fine-tune, or parts to start a small model: set one")
+        if config.lora.rank and not config.base:
+            raise TriptychError(f"a LoRA of rank {config.lora.rank} needs a base: set task_config.base")
         self.config = config
+        self.text: TextCache | None = None
+
+    @cached_property
+    def base(self) -> FluxBase | None:
+        return find_base(self.config.base) if self.config.base else None
+
+    @property
+    def architecture(self) -> str:
+        return self.base.architecture if self.base else KLEIN
+
+    @property
+    def words_only(self) -> bool:
+        return self.architecture == "flux1-dev"
 
     def build_model(self) -> torch.nn.Module:
-        return small_transformer(self.config.size, *_widths(Path(self.config.parts)))
+        config = self.config
+        if self.base:
+            return training_transformer(self.base, config.lora, config.quantisation, config.gradient_checkpointing)
+        model = small_transformer(config.size, *_widths(Path(config.parts)))
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model
 
     def setup(self, device: torch.device) -> None:
+        config = self.config
         self.device = device
-        self.data = SheetData(self.config.cache, "train")
-        self.held_out = SheetData(self.config.cache[:1], "validation")
-        self.parts = frozen_parts(Path(self.config.parts), device)
+        facing = (lambda said: said["faces_front"]) if self.words_only else None
+        self.data = SheetData(config.cache, "train", facing)
+        self.held_out = SheetData(config.cache[:1], "validation", facing)
+        folder = Path(config.parts) if config.parts or not self.base else self.base.folder
+        self.parts = FrozenParts(folder, device, self.architecture)
+        if self.base:
+            same_autoencoder(self.data, folder)
+        self.text = TextCache(Path(config.text), self.architecture, config.text_tokens) if config.text else None
 
     def size(self) -> int:
         return len(self.data)
@@ -91,14 +156,17 @@ class FluxViewsTask(Task):
         level = 1 / (1 + np.exp(-generator.normal(config.logit_mean, config.logit_std)))
         text = said["captions"][int(generator.integers(len(said["captions"])))]
         drops_text = generator.random() < config.drop_text
-        drops_references = generator.random() < config.drop_references and said["faces_front"]
+        share = 1.0 if self.words_only else config.drop_references
+        drops_references = generator.random() < share and said["faces_front"]
         given = "nothing" if drops_references else ", ".join(said["given"])
+        prompt = "" if drops_text else config.prompt_template.format(text=text, given=given)
         return {
             "target": cached.target,
             "references": cached.references[:0] if drops_references else cached.references,
             "noise": torch.from_numpy(generator.standard_normal(cached.target.shape, dtype=np.float32)),
             "level": float(config.shift * level / (1 + (config.shift - 1) * level)),
-            "prompt": "" if drops_text else config.prompt_template.format(text=text, given=given),
+            "prompt": prompt,
+            **(self.text[prompt] if self.text else {}),
         }
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -112,13 +180,14 @@ class FluxViewsTask(Task):
             "references": torch.cat([sample["references"] for sample in samples]),
             "prompts": [sample["prompt"] for sample in samples],
             "groups": [(count, counts.count(count)) for count in sorted(set(counts))],
+            **{key: torch.stack([s[key] for s in samples]) for key in ("words", "pooled") if key in samples[0]},
         }
 
     def loss(self, model: Any, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, Any]]:
         target, noise = batch["target"], batch["noise"]
         level = batch["level"].view(-1, 1, 1, 1)
         noisy = torch.lerp(target, noise, level)
-        words = self.parts.embed(batch["prompts"], self.config.text_tokens)
+        words = as_words(batch) if "words" in batch else self.parts.embed(batch["prompts"], self.config.text_tokens)
         velocity = grouped_velocity(model, noisy, batch["level"], words, batch["references"], batch["groups"])
         errors = (velocity.float() - (noise - target)).square().flatten(1).mean(1)
         high = batch["level"] > 0.75
@@ -127,11 +196,18 @@ class FluxViewsTask(Task):
     def validate(self, model: Any) -> dict[str, float]:
         """The loss on fixed held-out samples and levels; and of sheets made from one view: PSNR in dB over the union
         of both silhouettes and their intersection over union, for left, back and right."""
+        with for_a_while(self.parts, borrowed=self.base is not None):
+            return self._validated(model)
+
+    def _validated(self, model: Any) -> dict[str, float]:
         losses = []
-        for start in range(0, min(self.config.validation_sheets, len(self.held_out)), 8):
-            stop = min(start + 8, self.config.validation_sheets, len(self.held_out))
+        size = self.config.sample_batch or 8
+        for start in range(0, min(self.config.validation_sheets, len(self.held_out)), size):
+            stop = min(start + size, self.config.validation_sheets, len(self.held_out))
             drawn = [self._drawn(self.held_out[i], np.random.default_rng(i)) for i in range(start, stop)]
             losses.append(float(self.loss(model, self._moved(self.collate(drawn)), 0)[0]))
+        if self.words_only:  # nothing is given that a sheet could be compared with
+            return {"loss": float(np.mean(losses))}
         true, made = self._from_one_view(model, self.config.generated_sheets)
         psnr, overlap = compared(made, true, self.data.options["background"])
         return {"loss": float(np.mean(losses)), "psnr": psnr, "iou": overlap}
@@ -146,63 +222,101 @@ class FluxViewsTask(Task):
         prompts = [self.config.prompt_template.format(text=c.said["captions"][0], given="front") for c in cached]
         references = torch.stack([c.references[0] for c in cached])
         made = self.generate(model, prompts, references, guidance=1.0)
-        return self.parts.decode(torch.stack([c.target for c in cached]).to(self.device)), made
+        return self._decoded(torch.stack([c.target for c in cached])), made
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) of latents, sample_batch at a time."""
+        size = self.config.sample_batch or len(latents)
+        return torch.cat([self.parts.decode(part.to(self.device)) for part in latents.split(size)])
+
+    def words(self, prompts: list[str]) -> Any:
+        """What the transformer reads of prompts, on the device."""
+        if not self.text:
+            return self.parts.embed(prompts, self.config.text_tokens)
+        found = [self.text[prompt] for prompt in prompts]
+        return as_words({key: torch.stack([one[key] for one in found]).to(self.device) for key in found[0]})
 
     def generate(self, model: Any, prompts: Sequence[str], references: Tensor | None, guidance: float) -> Tensor:
         """Sheets (B, 3, H, W) 0-1 by the sampler that pipelines use; references (B, C, P, P) one each, or None."""
-        count, config = len(prompts), self.config
         side = self.data.options["panel"] // 8
-        shape = (count, self.held_out[0].target.shape[0], side, side)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        words = self.parts.embed(list(prompts), config.text_tokens)
-        empty = self.parts.embed([""] * count, config.text_tokens) if guidance != 1 else None
-        rows = references.to(self.device) if references is not None else x.new_zeros(0, *shape[1:])
+        shape = (len(prompts), self.held_out[0].target.shape[0], side, side)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        size = self.config.sample_batch or len(prompts)
+        sheets = []
+        for start in range(0, len(prompts), size):
+            at = slice(start, start + size)
+            rows = None if references is None else references[at].to(self.device)
+            sheets.append(self._sampled(model, noise[at].to(self.device), list(prompts[at]), rows, guidance))
+        return torch.cat(sheets)
+
+    def _sampled(self, model: Any, x: Tensor, prompts: list[str], references: Tensor | None, guidance: float) -> Tensor:
+        config, count = self.config, len(prompts)
+        told = guidance if getattr(model.config, "guidance_embeds", False) else 1.0
+        second = guidance != 1 and told == 1  # a network that is told the guidance needs no second pass
+        words = self.words(prompts)
+        empty = self.words([""] * count) if second else None
+        rows = references if references is not None else x.new_zeros(0, *x.shape[1:])
         groups = [(0 if references is None else 1, count)]
-        levels = [*sigmas(config.sample_steps, config.shift), 0.0]
+        levels = [*sigmas(config.sample_steps, config.sample_shift or config.shift), 0.0]
         for now, after in zip(levels, levels[1:], strict=False):
             level = torch.full((count,), now, device=self.device)
-            velocity = grouped_velocity(model, x, level, words, rows, groups).float()
+            velocity = grouped_velocity(model, x, level, words, rows, groups, told).float()
             if empty is not None:
-                without = grouped_velocity(model, x, level, empty, rows, groups).float()
+                without = grouped_velocity(model, x, level, empty, rows, groups, told).float()
                 velocity = without + guidance * (velocity - without)
             x = x + (after - now) * velocity
         return self.parts.decode(x)
 
     def pictures(self, model: Any) -> Image.Image | None:
         """Truth above what one view gives, and below both what words alone give."""
-        true, made = self._from_one_view(model, 8)
-        prompts = [
-            self.config.prompt_template.format(text=text, given="nothing") for text in PICTURE_PROMPTS[: len(made)]
-        ]
-        words = self.generate(model, prompts, None, self.config.sample_guidance)
-        rows = [torch.cat(list(part), dim=-1) for part in (true, made, words)]
+        prompts = picture_prompts(self.config)
+        with for_a_while(self.parts, borrowed=self.base is not None):
+            parts = [] if self.words_only else [*self._from_one_view(model, min(8, self.config.generated_sheets))]
+            prompts = prompts[: len(parts[0])] if parts else prompts
+            parts.append(self.generate(model, prompts, None, self.config.sample_guidance))
+        rows = [torch.cat(list(part), dim=-1) for part in parts]
         pixels = (torch.cat(rows, dim=-2).clamp(0, 1) * 255 + 0.5).to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
     def export(self, model: Any, folder: Path, provenance: dict[str, Any]) -> None:
-        """A whole model in diffusers' layout with its card."""
+        """A whole model in diffusers' layout with its card; a LoRA with the card that names its base."""
+        config = self.config
+        card = self.card(folder.name, provenance)
+        if self.base and config.lora.rank:
+            card = write_lora(model, folder, self.base, config.lora, card)
+        elif self.base:
+            write_whole(model, folder, self.parts)
+        else:
+            self.parts.pipeline(model.to(torch.bfloat16)).save_pretrained(folder)
+        write_card(folder, card)
+
+    def card(self, name: str, provenance: dict[str, Any]) -> ViewsCard:
+        """What users of the exported model need to know."""
         from trainer.export import without_places
         from trainer.model_card import attribution_of
 
         config, options = self.config, self.data.options
-        pipeline = self.parts.pipeline(model.to(torch.bfloat16))
-        pipeline.save_pretrained(folder)
-        card = ViewsCard(
-            name=folder.name,
-            licence="Apache-2.0",
-            architecture="flux2-klein",
+        return ViewsCard(
+            name=name,
+            licence=config.licence or (self.base.licence if self.base else "Apache-2.0"),
+            architecture=self.architecture,
             prompt_template=config.prompt_template,
             panel_size=options["panel"],
             background=tuple(options["background"]),
             max_sequence_length=config.text_tokens,
             steps=config.sample_steps,
             guidance=config.sample_guidance,
-            shift=config.shift,
+            shift=config.sample_shift or config.shift,
             vocabulary=_vocabulary(config.vocabulary),
             provenance=without_places(provenance | {"sheets": len(self.data), "options": options}),
             attribution=attribution_of(self.data.said),
         )
-        write_card(folder, card)
+
+    def memory_plan(self, cards_gib: Sequence[int] | None, batch: int) -> str:
+        """For `trainer plan`; neither data nor weights are read."""
+        from trainer.flux_plan import plan_text
+
+        return plan_text(self.config, cards_gib, batch)
 
 
 PICTURE_PROMPTS = (
@@ -242,100 +356,58 @@ def small_transformer(size: TransformerSize, channels: int, text_width: int) -> 
     return model
 
 
-def grouped_velocity(
-    model: Any, noisy: Tensor, level: Tensor, words: Tensor, references: Tensor, groups: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Velocities (B, C, H, W) of noisy latents; rows come in ``groups`` of (references each, rows), in order.
-
-    level (B,) 0-1, words (B, L, D), references (M, C, P, P) in the order of the rows.
-    """
-    parts, row, used = [], 0, 0
-    for count, rows in groups:
-        own = references[used : used + count * rows].unflatten(0, (rows, count)) if count else None
-        at = slice(row, row + rows)
-        parts.append(velocity_of(model, noisy[at], level[at], words[at], own))
-        row, used = row + rows, used + count * rows
-    return torch.cat(parts)
-
-
-def velocity_of(model: Any, noisy: Tensor, level: Tensor, words: Tensor, references: Tensor | None) -> Tensor:
-    """(B, C, H, W) for noisy (B, C, H, W), level (B,), words (B, L, D), references (B, V, C, P, P) or None."""
-    _, _, height, width = noisy.shape
-    tokens, ids = [noisy.flatten(2).transpose(1, 2)], [token_ids(height, width, 0)]
-    if references is not None:
-        for i in range(references.shape[1]):
-            tokens.append(references[:, i].flatten(2).transpose(1, 2))
-            ids.append(token_ids(references.shape[3], references.shape[4], 10 + 10 * i))
-    text_ids = torch.zeros(words.shape[1], 4)
-    text_ids[:, 3] = torch.arange(words.shape[1])
-    output = model(
-        hidden_states=torch.cat(tokens, dim=1).to(words.dtype),
-        encoder_hidden_states=words,
-        timestep=level.to(words.dtype),
-        img_ids=torch.cat(ids).to(noisy.device),
-        txt_ids=text_ids.to(noisy.device),
-        guidance=None,
-        return_dict=False,
-    )[0]
-    return output[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
-
-
-def token_ids(height: int, width: int, time: int) -> Tensor:
-    """(H W, 4) float32 places of latent tokens: time, row, column, 0."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    zero = torch.zeros_like(rows)
-    return torch.stack([zero + time, rows, columns, zero], dim=-1).reshape(-1, 4).float()
-
-
-class FrozenParts:
-    """Autoencoder, text encoder and tokenizer of a diffusers folder, which training leaves as they are."""
-
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        self.vae, self.text_encoder, self.tokenizer, self.device = vae, text_encoder, tokenizer, device
-
-    def pipeline(self, transformer: Any) -> Any:
-        """The pipeline that users run, with this transformer."""
-        from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
-
-        return Flux2KleinPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            transformer=transformer,
-            is_distilled=False,
-        )
-
-    @torch.no_grad()
-    def embed(self, prompts: list[str], tokens: int) -> Tensor:
-        """(B, tokens, D): what pipelines give the transformer for these prompts."""
-        return self.pipeline(None).encode_prompt(prompt=prompts, device=self.device, max_sequence_length=tokens)[0]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised, patchified latents (B, 4 C, H, W) -> pictures (B, 3, 16 H, 16 W) float32 0-1."""
-        vae = self.vae
-        mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
-        deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
-        b, c, h, w = latents.shape
-        whole = (latents.float() * deviation + mean).view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
-        pixels = vae.decode(whole.reshape(b, c // 4, 2 * h, 2 * w).to(vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-
 def frozen_parts(folder: Path, device: torch.device) -> FrozenParts:
-    """The parts of a folder in diffusers' layout; TriptychError names what is missing."""
-    from diffusers import AutoencoderKLFlux2
-    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+    """The parts of a small model's folder; TriptychError names what is missing."""
+    return FrozenParts(folder, device)
 
-    for name in ("vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise TriptychError(f"{folder} has no {name}: name a folder in diffusers' layout, or train the small parts")
-    vae: Any = AutoencoderKLFlux2.from_pretrained(folder, subfolder="vae", torch_dtype=torch.bfloat16)
-    text: Any = Qwen3ForCausalLM.from_pretrained(folder, subfolder="text_encoder", dtype=torch.bfloat16)
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder, subfolder="tokenizer")
-    vae, text = vae.to(device).eval().requires_grad_(False), text.to(device).eval().requires_grad_(False)
-    return FrozenParts(vae, text, tokenizer, device)
+
+def as_words(tensors: dict[str, Tensor]) -> Any:
+    """``words`` (B, L, D), with ``pooled`` (B, E) of FLUX.1, as networks take them."""
+    return Words(tensors["words"], tensors["pooled"]) if "pooled" in tensors else tensors["words"]
+
+
+def picture_prompts(config: FluxViewsConfig) -> list[str]:
+    return [config.prompt_template.format(text=text, given="nothing") for text in PICTURE_PROMPTS]
+
+
+def drawn_prompts(config: FluxViewsConfig) -> list[str]:
+    """Every prompt that a run of this config can ask for, the empty one first."""
+    found = {prompt: None for prompt in ("", *picture_prompts(config))}
+    for split in ("train", "validation"):
+        for said in SheetData(config.cache, split).said:
+            givens = (", ".join(said["given"]), *(["nothing"] if said["faces_front"] else []))
+            for text in said["captions"]:
+                found |= {config.prompt_template.format(text=text, given=given): None for given in givens}
+    return list(found)
+
+
+def cache_words(
+    cache: Sequence[Path], model: Path, out: Path, *, template: str, tokens: int = 512, device: str = "cpu"
+) -> tuple[int, int]:
+    """Writes the embeddings of every prompt that sheets of ``cache`` and this template give, made by the text encoders
+    of ``model``; those that ``out`` has are kept. Returns the numbers of prompts and of new ones."""
+    from triptych.flux.parts import architecture_of
+
+    architecture = architecture_of(model) if (model / "model_index.json").is_file() else KLEIN
+    config = FluxViewsConfig(tuple(map(str, cache)), parts=str(model), prompt_template=template, text_tokens=tokens)
+    parts = FrozenParts(model, torch.device(device), architecture)
+    prompts = drawn_prompts(config)
+
+    def embed(batch: list[str]) -> dict[str, Tensor]:
+        words = parts.embed(batch, tokens)
+        return {"words": words.embeds, "pooled": words.pooled} if isinstance(words, Words) else {"words": words}
+
+    return len(prompts), cache_text(out, prompts, embed, architecture=architecture, tokens=tokens)
+
+
+def template_of(model: Path) -> str:
+    """The prompt template for training on the model in a folder: its card's, or that of its architecture."""
+    from triptych.flux.card import read_card
+    from triptych.flux.parts import architecture_of
+
+    if (model / "views.json").is_file():
+        return read_card(model).prompt_template
+    return default_card(architecture_of(model)).prompt_template if (model / "model_index.json").is_file() else TEMPLATE
 
 
 def _widths(parts: Path) -> tuple[int, int]:

@@ -339,5 +339,3 @@ def _chamfer(mesh: Mesh, points: np.ndarray) -> float:
     there = cKDTree(found).query(points)[0].mean()
     back = cKDTree(points).query(found[::4])[0].mean()
     return float(there + back) / 2
-
-

@@ -224,14 +224,16 @@ class StructureFlowTask:
             generator = np.random.default_rng(i)
             pictures = relight(item["albedo"], item["normal"], generator)[views]  # the same light, however many views
             noise = generator.standard_normal(self.latent_shape, dtype=np.float32)
-            samples.append({
-                "images": (pictures * 255 + 0.5).to(torch.uint8),
-                "views": torch.tensor(views),
-                "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
-                "noise": torch.from_numpy(noise),
-                "time": torch.tensor(1.0),
-                "drop": torch.tensor(False),
-            })
+            samples.append(
+                {
+                    "images": (pictures * 255 + 0.5).to(torch.uint8),
+                    "views": torch.tensor(views),
+                    "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
+                    "noise": torch.from_numpy(noise),
+                    "time": torch.tensor(1.0),
+                    "drop": torch.tensor(False),
+                }
+            )
         return self.collate(samples)
 
     def validate(self, model: LiftedStructureFlow) -> dict[str, float]:
