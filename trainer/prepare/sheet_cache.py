@@ -205,7 +205,7 @@ def draw_sheet(
         sample = sample | {"albedo": recoloured(sample["albedo"], draw_recolouring(generator))}
     colours = colour_words(sample["albedo"])
     captions = [caption(record, colours, generator) for _ in range(options.captions)]
-    given = _draw_given(generator, options.lone_photo)
+    given = _draw_given(generator, options.lone_photo, sample["albedo"][..., 3].any((1, 2)))
     sheet = grid(on_background(canonical_shade(sample["albedo"], sample["normal"]), options.background))
     references = photo_views(sample, given, generator, options.background)
     said = {
@@ -221,11 +221,13 @@ def draw_sheet(
     return SheetSample(sheet, references, said)
 
 
-def _draw_given(generator: np.random.Generator, lone_photo: float) -> list[int]:
-    if generator.random() < lone_photo:
+def _draw_given(generator: np.random.Generator, lone_photo: float, seen: np.ndarray) -> list[int]:
+    """Views that are given; one that shows nothing (a blade seen from its edge) is no photograph."""
+    views = [view for view in range(4) if seen[view]]
+    if generator.random() < lone_photo and seen[0]:
         return [0]
-    count = int(generator.integers(1, 4))
-    return sorted(generator.permutation(4)[:count].tolist())
+    count = min(int(generator.integers(1, 4)), len(views))
+    return sorted(generator.permutation(views)[:count].tolist())
 
 
 def _build_shard(job: tuple[str, list[Place]], model: Path, out: Path, options: SheetOptions, device: str) -> int:
