@@ -1,6 +1,7 @@
 """ComfyUI nodes: one module per stage of the graph, each a thin adapter around the library.
 
-    bundles -> views -> reconstruct -> clean, texture -> render, files, preview, compare; core_mesh joins core's MESH
+    flux or views -> bundles, reconstruct -> clean, texture -> render, files, preview, compare
+    core_mesh joins core's MESH
 
 Nothing here computes: a node converts its inputs, calls one function of ``triptych`` and converts the result. Heavy
 modules are imported when a node runs, so the pack adds little to ComfyUI's start.
@@ -10,12 +11,28 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bundles, clean, compare, core_mesh, files, preview, reconstruct, render, routes, sheets, texture, views
+from . import (
+    bundles,
+    clean,
+    compare,
+    core_mesh,
+    files,
+    flux,
+    preview,
+    reconstruct,
+    render,
+    routes,
+    sheets,
+    texture,
+    views,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     bundles.LoadBundle,
+    flux.LoadFlux,
     files.LoadMesh,
     views.PrepareViews,
+    flux.FluxViews,
     sheets.SplitViewSheet,
     sheets.JoinViewSheet,
     reconstruct.Reconstruct,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .core_mesh import as_mesh
-from .remesh import isotropic_remesh, voxel_remesh
 from .running import Reporter, run
 from .schema import ADVANCED, MeshSocket, mesh_input, schema
 
@@ -118,6 +117,7 @@ class CleanSettings:
 def cleaned(mesh: Mesh, wanted: CleanSettings, reporter: Reporter) -> Mesh:
     """The mesh after every step that the settings ask for."""
     from ..triptych.geometry import cleanup
+    from ..triptych.geometry.remesh import isotropic_remesh, voxel_remesh
     from ..triptych.sampling.flow_euler import Cancelled
 
     steps = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
@@ -13,13 +11,11 @@ from .running import Reporter, run
 from .schema import ADVANCED, BundleSocket, MeshSocket, ViewsSocket, schema
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ..triptych.bundles.bundle import Bundle
     from ..triptych.images.views import ViewSet
     from ..triptych.pipelines.reconstruct import Reconstruction
     from .bundles import LoadedBundle
 
+SECOND_STAGE = {"bundle's own": None, "on": True, "off": False}
 WORK_BYTES = 1.5e9  # what sampling takes besides the weights
 
 
@@ -85,6 +81,35 @@ class Reconstruct(io.ComfyNode):
                     "agree with each other.",
                     **ADVANCED,
                 ),
+                # Optional: workflows saved before these inputs existed stay valid.
+                io.Combo.Input(
+                    "second_stage",
+                    options=list(SECOND_STAGE),
+                    default=next(iter(SECOND_STAGE)),
+                    optional=True,
+                    tooltip="Whether the bundle's second stage refines the shape: bundle's own does where it has one, "
+                    "off is faster and smoother.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "second_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Sampling steps of the second stage; 0 takes the bundle's own number.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "second_guidance",
+                    default=-1.0,
+                    min=-1.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="How strongly the views pull in the second stage; -1 takes the bundle's own value.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 MeshSocket.Output("mesh", display_name="mesh", tooltip="In model space, +Y up, facing +Z."),
@@ -100,58 +125,46 @@ class Reconstruct(io.ComfyNode):
 
 
 def reconstruct(
-    loaded: LoadedBundle, views: ViewSet | None, *, steps: int, guidance: float, **settings
+    loaded: LoadedBundle,
+    views: ViewSet | None,
+    *,
+    steps: int,
+    guidance: float,
+    second_stage: str = "bundle's own",
+    second_steps: int = 0,
+    second_guidance: float = -1.0,
+    **settings,
 ) -> Reconstruction:
     """``mesh_from_views`` on ComfyUI's device; steps 0 and guidance below 0 leave these to the bundle."""
     from ..triptych.pipelines.reconstruct import Settings, mesh_from_views
+    from .voxel_picture import voxel_picture
 
     if views is None:
         raise TriptychError(
             "there are no views: Render views gives a set only for its four sides; prepare views instead"
         )
-    wanted = Settings(steps=steps or None, guidance=None if guidance < 0 else guidance, **settings)
+    wanted = Settings(
+        steps=steps or None,
+        guidance=None if guidance < 0 else guidance,
+        second_stage=SECOND_STAGE[second_stage],
+        slat_steps=second_steps or None,
+        slat_guidance=None if second_guidance < 0 else second_guidance,
+        **settings,
+    )
     device = loaded.load(WORK_BYTES)
 
     def work(reporter: Reporter) -> Reconstruction:
-        with shown_steps(loaded.bundle, reporter):
-            return mesh_from_views(
-                views, loaded.bundle, wanted, device=device, progress=reporter.progress, cancel=reporter.cancel
-            )
+        return mesh_from_views(
+            views,
+            loaded.bundle,
+            wanted,
+            device=device,
+            progress=reporter.progress,
+            preview=lambda field: reporter.picture(voxel_picture(field)),
+            cancel=reporter.cancel,
+        )
 
     return run(work)
-
-
-@contextmanager
-def shown_steps(bundle: Bundle, reporter: Reporter) -> Iterator[None]:
-    """Sends a picture of the solid that each evaluation of the structure flow foresees."""
-    from .voxel_picture import voxel_picture
-
-    flow = bundle.network("structure_flow") if bundle.has("structure_flow") else None
-    if flow is None or not hasattr(flow, "denormalize"):  # not a flow that works on volumes
-        yield
-        return
-    seen: set[float] = set()
-
-    def after(_, inputs, velocity) -> None:
-        x, t = inputs[0], float(inputs[1][0]) / 1000
-        if t in seen:  # the second evaluation of a guided step
-            return
-        seen.add(t)
-        field = foreseen(flow.denormalize, decoder, x[:1], velocity[:1], t)
-        reporter.picture(voxel_picture(field))
-
-    decoder = bundle.network("structure_decoder") if bundle.has("structure_decoder") else None
-    handle = flow.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def foreseen(denormalize: Callable, decoder: Callable | None, x, velocity, t: float) -> np.ndarray:
-    """The field (R, R, R) that the flow heads for: x minus t times the velocity, decoded."""
-    latent = denormalize(x - t * velocity)
-    return (latent if decoder is None else decoder(latent))[0, 0].float().cpu().numpy()
 
 
 def report(made: Reconstruction) -> str:
@@ -160,6 +173,7 @@ def report(made: Reconstruction) -> str:
     lines = [
         f"{len(made.mesh.vertices):,} vertices, {len(made.mesh.faces):,} faces",
         f"seed {used.seed}, {used.steps} steps, guidance {used.guidance:g}, ensemble {used.ensemble}",
+        *([f"second stage: {used.slat_steps} steps, guidance {used.slat_guidance:g}"] if used.second_stage else []),
         times,
         *made.warnings,
     ]

@@ -10,7 +10,7 @@ from ..triptych.errors import TriptychError
 from .clean import size_of
 from .core_mesh import as_mesh
 from .pictures import images
-from .running import run
+from .running import Reporter, run
 from .schema import ADVANCED, MeshSocket, ViewsSocket, mesh_input, schema
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TextureMesh(io.ComfyNode):
     @classmethod
     def execute(cls, mesh: Any, views: ViewSet | None = None, **settings) -> io.NodeOutput:
         source = as_mesh(mesh)
-        result = run(lambda reporter: textured(source, views, **settings))
+        result = run(lambda reporter: textured(source, views, reporter, **settings))
         text = size_of(result)
         return io.NodeOutput(result, texture_of(result), ui={"text": [text]})
 
@@ -92,6 +92,7 @@ class TextureMesh(io.ComfyNode):
 def textured(
     mesh: Mesh,
     views: ViewSet | None,
+    reporter: Reporter,
     *,
     source: str,
     texture_size: int,
@@ -117,13 +118,14 @@ def textured(
         )
     placed = mesh.normalized() if fit_to_views else mesh
     if texture_size and (unwrap == "always" or mesh.uv is None):
-        placed = unwrapped(placed, texture_size=texture_size, padding=padding)
+        placed = unwrapped(placed, texture_size=texture_size, padding=padding, cancel=reporter.cancel)
+    told = {"progress": lambda share: reporter.progress("texture", share), "cancel": reporter.cancel}
     if not use_views:
-        made = bake_vertex_colours(placed, texture_size)
+        made = bake_vertex_colours(placed, texture_size, **told)
     elif texture_size:
-        made = bake_texture(placed, views, texture_size, fill=fill)[0]
+        made = bake_texture(placed, views, texture_size, fill=fill, **told)[0]
     else:
-        made = vertex_colours_from_views(placed, views, fill=fill)
+        made = vertex_colours_from_views(placed, views, fill=fill, **told)
     return made.replace(vertices=mesh.vertices)
 
 

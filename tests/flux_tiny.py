@@ -58,7 +58,8 @@ def klein_folder(size: str = "mini", *, distilled: bool = False, card: bool = Fa
 
 
 def write_klein_card(folder: Path, **changes: Any):
-    """A views.json for a random folder, of klein unless changed; panel_size 64, so that tests are quick."""
+    """A views.json for a random folder, of klein unless changed; panel_size 64 and 64 tokens of text, so that tests
+    are quick."""
     from triptych.flux.card import ViewsCard, write_card
 
     facts: dict[str, Any] = {
@@ -68,6 +69,7 @@ def write_klein_card(folder: Path, **changes: Any):
         "prompt_template": "{text}. given: {given}.",
         "panel_size": 64,
         "background": (1.0, 0.0, 1.0),
+        "max_sequence_length": 64,
         "steps": 2,
         "guidance": 2.0,
         "vocabulary": tuple(word for word in WORDS.split() if word.isalpha()),

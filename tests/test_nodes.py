@@ -76,11 +76,12 @@ def test_importing_the_nodes_imports_nothing_heavy(tmp_path):
 
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     heavy = {"torch", "scipy", "trimesh", "skimage", "xatlas", "transformers", "huggingface_hub", "fast_simplification"}
-    assert out.startswith("14 ") and not {name for name in heavy if f"'{name}'" in out}
+    heavy |= {"diffusers", "peft", "accelerate", "tokenizers"}
+    assert int(out.split()[0]) >= 16 and not {name for name in heavy if f"'{name}'" in out}
 
 
-def test_schemas_are_complete(schemas):
-    assert len(schemas) == 14
+def test_schemas_are_complete(nodes, schemas):
+    assert len(schemas) == len(nodes.NODES), "no two nodes share an id"
     for name, schema in schemas.items():
         assert name.startswith("Triptych_") and schema.category == "Triptych" and schema.description.endswith(".")
         ids = [one.id for one in (*schema.inputs, *schema.outputs)]
@@ -108,13 +109,13 @@ def test_inputs_are_those_of_execute(nodes):
         assert optional & named <= defaults, f"{node.__name__}: an input that may be absent needs a default"
 
 
-def test_written_texts_are_up_to_date():
+def test_written_texts_are_up_to_date(schemas):
     """Locales and help pages say what the schemas say; else run docs/write_node_texts.py."""
     sys.path.insert(0, str(ROOT / "docs"))
     from write_node_texts import texts
 
     made = dict(texts())
-    assert len(made) == 1 + 2 * 14
+    assert len(made) == 1 + 2 * len(schemas)
     for path, text in made.items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run python docs/write_node_texts.py"
 
@@ -341,12 +342,6 @@ def test_cleaning_changes_no_input(nodes, textured):
     assert len(made.faces) <= 500 and all(np.array_equal(getattr(textured, name), old) for name, old in before.items())
     size, wanted_size = (mesh.bounds[1] - mesh.bounds[0] for mesh in (made, textured))
     np.testing.assert_allclose(size, wanted_size, atol=0.1 * wanted_size.max())
-
-
-def test_isotropic_remesh_says_what_it_needs(nodes, textured, error, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pymeshlab", None)
-    with pytest.raises(error, match="pip install pymeshlab, or choose voxels"):
-        nodes.remesh.isotropic_remesh(textured, 32)
 
 
 class Interrupted(Exception):

@@ -111,14 +111,15 @@ def test_pips_lines_become_a_few_words():
     assert script.short_progress("Requirement already satisfied: numpy") is None
 
 
-def test_requirements_are_the_dependencies_without_torch():
-    """ComfyUI installs requirements.txt and brings its own torch; exact pins would break other packs."""
+def test_requirements_are_the_dependencies_without_those_of_comfyui():
+    """ComfyUI installs requirements.txt and brings its own torch and transformers; exact pins would break others."""
     requirements = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     dependencies = re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)[1])
     assert dependencies[0] == script.TORCH_ANY
-    assert requirements == dependencies[1:]
-    assert not any(re.match(r"torch|nvidia|triton", line) or "==" in line for line in requirements)
+    assert dependencies[1].startswith("transformers>=")
+    assert requirements == dependencies[2:]
+    assert not any(re.match(r"torch|transformers|nvidia|triton", line) or "==" in line for line in requirements)
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The studio page in a real browser on a real ComfyUI: pictures in, a textured mesh out, errors as sentences."""
+"""The studio page in a real browser on a real ComfyUI: a sentence or pictures in, a textured mesh out, errors as
+sentences. Views are drawn by the embedded model, or, where it is not there, by a random one of its kind."""
 
 import io
 import json
@@ -6,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from comfy_server import ComfyServer, find_comfy
+from comfy_server import ROOT, ComfyServer, find_comfy
 from web_page import Page, built_web, drawn, needs_browser
 
 from triptych.geometry.files import read_mesh
@@ -21,13 +22,19 @@ pytestmark = [
     needs_browser,
 ]
 
-RECONSTRUCT, TEXTURE = "Triptych_Reconstruct", "Triptych_TextureMesh"
+RECONSTRUCT, TEXTURE, DRAW = "Triptych_Reconstruct", "Triptych_TextureMesh", "Triptych_FluxViews"
+IDLE = "document.querySelector('#make').disabled === false"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     built_web()
-    with ComfyServer(tmp_path_factory.mktemp("comfy")) as running:
+    base = tmp_path_factory.mktemp("comfy")
+    if not (ROOT / "weights" / "triptych-tiny" / "flux" / "views.json").is_file():
+        from flux_tiny import copied, klein_folder, write_klein_card
+
+        write_klein_card(copied(klein_folder("mini"), base / "models" / "triptych" / "triptych-tiny" / "flux"))
+    with ComfyServer(base) as running:
         yield running
 
 
@@ -50,13 +57,22 @@ def pictures(tmp_path_factory):
 
 def settle(page):
     """Until the job has ended and its result is drawn, or a sentence says why not."""
-    page.wait("document.querySelector('#make').disabled === false", timeout_s=900)
+    page.wait(IDLE, timeout_s=900)
     return page.evaluate("document.querySelector('#error').textContent")
 
 
 def put(page, **values):
     for name, value in values.items():
         page.evaluate(f"document.getElementById({name!r}).value = {json.dumps(str(value))}")
+
+
+def text(page, name):
+    return page.evaluate(f"document.getElementById({name!r}).textContent")
+
+
+def say(page, sentence):
+    put(page, sentence=sentence)
+    page.evaluate("document.getElementById('sentence').dispatchEvent(new Event('input'))")
 
 
 def last_job(server):
@@ -71,16 +87,35 @@ def last_job(server):
 def test_the_page_explains_itself_before_anything_is_made(page):
     assert page.evaluate("document.title") == "Triptych studio"
     assert page.evaluate("document.querySelectorAll('#slots .slot').length") == 4
-    assert page.evaluate("document.getElementById('sentence').disabled") is True
-    assert "not part of this version" in page.evaluate("document.getElementById('sentence-why').textContent")
     page.wait("document.getElementById('server').textContent.startsWith('Connected')")
+    assert text(page, "plan") == "" and page.evaluate("document.getElementById('sheet').hidden") is True
     page.click("#make")
-    assert page.evaluate("document.getElementById('error').textContent").startswith("Put in at least one picture")
+    assert text(page, "error") == "Put in at least one picture of the object, or write what it is."
+    page.keep("studio_start")
     unnamed = page.evaluate(
-        "[...document.querySelectorAll('button, input, select')].filter(e => !(e.ariaLabel || e.textContent.trim() ||"
-        " e.closest('label'))).map(e => e.outerHTML)"
+        "[...document.querySelectorAll('button, input, select, textarea')].filter(e => !(e.ariaLabel ||"
+        " e.textContent.trim() || e.closest('label'))).map(e => e.outerHTML)"
     )
     assert unnamed == []
+
+
+def test_the_plan_says_what_will_be_drawn(page, pictures):
+    """One picture is completed unless the user decides otherwise; four are not; a sentence alone draws all."""
+    say(page, "a red chair")
+    assert text(page, "plan") == "All four views are drawn from the sentence, then the mesh is made."
+    page.give_files(".slot[data-side=front] input", pictures["front"])
+    page.wait("document.querySelectorAll('.slot.filled').length === 1")
+    assert text(page, "plan") == "The left, back and right will be drawn to match the front, then the mesh is made."
+    page.give_files(".slot[data-side=back] input", pictures["back"])
+    page.wait("document.querySelectorAll('.slot.filled').length === 2")
+    assert text(page, "plan") == "The mesh is made from the front and back alone. The sentence is not used."
+    page.click("#complete")
+    assert text(page, "plan").startswith("The left and right will be drawn to match the front and back")
+    page.click("#complete")
+    for side in ("front", "back"):
+        page.click(f".slot[data-side={side}] button")
+    say(page, "")
+    assert text(page, "plan") == "" and page.evaluate("document.querySelectorAll('.slot.filled').length") == 0
 
 
 def test_pictures_become_a_textured_mesh_that_is_shown_and_downloaded(page, server, pictures):
@@ -142,6 +177,102 @@ def test_a_change_of_the_texture_computes_only_the_texture_again(page, server):
     assert RECONSTRUCT in cached and TEXTURE not in cached
 
 
+def clear(page):
+    page.evaluate("document.querySelectorAll('.slot.filled button').forEach(button => button.click())")
+
+
+def sheet_of(page):
+    """The address of the drawn sheet once the browser has it."""
+    page.wait("!document.getElementById('sheet').hidden && document.querySelector('#sheet img').naturalWidth > 0")
+    return page.evaluate("document.querySelector('#sheet img').src")
+
+
+def test_a_sentence_becomes_views_and_a_mesh(page, server):
+    clear(page)
+    say(page, "a red zzqx chair")
+    put(page, quality="quick", seed=7, view_seed=3, view_steps=2, steps=2, texture_size=256, target_faces=1500)
+    page.evaluate(
+        "window.early = false; new MutationObserver(() => { early ||= !sheet.hidden && make.disabled; }).observe("
+        "document.getElementById('sheet'), {attributes: true}); 0"
+    )
+    page.click("#make")
+    assert settle(page) == ""
+    sheet_of(page)
+    assert page.evaluate("early") is True, "the views are shown before the mesh is there"
+    entry, _ = last_job(server)
+    graph = entry["prompt"][2]
+    inputs = next(node["inputs"] for node in graph.values() if node["class_type"] == DRAW)
+    assert (inputs["prompt"], inputs["seed"], inputs["steps"], inputs["rerolls"]) == ("a red zzqx chair", 3, 2, 0)
+    assert "LoadImage" not in {node["class_type"] for node in graph.values()}
+    warnings = page.evaluate("[...document.querySelectorAll('#warnings li')].map(item => item.textContent)")
+    assert any("zzqx" in warning for warning in warnings), "a word that the model does not know"
+    assert page.evaluate("document.getElementById('warnings').hidden") is False
+    assert not any(warning in text(page, "report") for warning in warnings)
+    assert 50 < page.evaluate("studio.viewer.model.triangles") <= 1500
+    reached = (
+        "(at => document.elementFromPoint(at.x + at.width / 2, at.y + at.height / 2) === make)"
+        "(document.getElementById('make').getBoundingClientRect())"
+    )
+    assert page.evaluate(reached) is True, "Make stays in reach, whatever the form shows"
+    page.keep("studio_sentence")
+
+
+def test_other_views_are_drawn_alone_and_then_used(page, server):
+    first = sheet_of(page)
+    page.click("#reroll")
+    page.wait("document.querySelector('#reroll').disabled")
+    assert settle(page) == ""
+    page.wait(f"document.querySelector('#sheet img').src !== {first!r}")
+    seed = int(page.evaluate("document.getElementById('view_seed').value"))
+    entry, _ = last_job(server)
+    classes = {node: content["class_type"] for node, content in entry["prompt"][2].items()}
+    assert seed != 3 and {classes[node] for node in entry["outputs"]} == {"Triptych_LoadFlux", DRAW, "PreviewImage"}
+    page.click("#make")
+    assert settle(page) == ""
+    _, cached = last_job(server)
+    assert DRAW in cached and RECONSTRUCT not in cached, "what was drawn is what the mesh is made of"
+
+
+def test_one_photo_gets_its_other_sides(page, server, pictures):
+    page.give_files(".slot[data-side=front] input", pictures["front"])
+    page.wait("document.querySelectorAll('.slot.filled').length === 1")
+    page.evaluate("document.getElementById('complete').checked || document.getElementById('complete').click()")
+    say(page, "")
+    page.click("#make")
+    assert settle(page) == ""
+    sheet_of(page)
+    entry, _ = last_job(server)
+    drawn = next(output["triptych_views"][0] for output in entry["outputs"].values() if "triptych_views" in output)
+    assert "front" not in drawn["generated"] and drawn["generated"]
+    page.keep("studio_photo")
+    put(page, texture_size=512)
+    page.click("#make")
+    assert settle(page) == ""
+    _, cached = last_job(server)
+    assert {DRAW, RECONSTRUCT} <= cached and TEXTURE not in cached
+
+
+def test_every_text_has_its_chinese(page, server, tmp_path):
+    page.call("Network.setUserAgentOverride", userAgent="test", acceptLanguage="zh-CN")
+    page.goto(f"http://127.0.0.1:{server.port}/triptych")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    page.wait("document.getElementById('server').textContent.startsWith('已连接')")
+    say(page, "a red chair")
+    assert text(page, "plan") == "先根据这句话绘制四个视图，再生成网格。"
+    page.evaluate("document.getElementById('adjust').open = true")
+    page.keep("studio_chinese")
+    untranslated = page.evaluate(
+        "[...document.querySelectorAll('header *, form *, h2, #none, #empty p')].filter(e => !e.children.length &&"
+        " e.textContent.trim() && !/[\\u4e00-\\u9fff]|^[\\d×◐⟳.]+$/.test(e.textContent)).map(e => e.textContent)"
+    )
+    assert untranslated == ["Triptych"]
+    labels = page.evaluate("[...document.querySelectorAll('form [aria-label]')].map(e => e.ariaLabel)")
+    assert len(labels) >= 9 and all(any("\u4e00" <= letter <= "\u9fff" for letter in label) for label in labels)
+    page.call("Network.setUserAgentOverride", userAgent="test", acceptLanguage="en-GB")
+    page.goto(f"http://127.0.0.1:{server.port}/triptych")
+    assert text(page, "make") == "Make"
+
+
 def test_an_error_is_shown_as_its_sentence(page, tmp_path):
     (tmp_path / "front.png").write_bytes(b"this is not a picture")
     page.give_files(".slot[data-side=front] input", tmp_path / "front.png")
@@ -154,7 +285,7 @@ def test_an_error_is_shown_as_its_sentence(page, tmp_path):
 
 def test_a_refused_input_names_the_node(page, pictures):
     page.give_files(".slot[data-side=front] input", pictures["front"])
-    put(page, steps=100000)
+    put(page, quality="quick", steps=100000)
     page.evaluate("document.getElementById('form').noValidate = true")
     page.click("#make")
     sentence = settle(page)

@@ -358,52 +358,99 @@ def test_the_exported_page_holds_the_same_viewer_and_asks_for_nothing(shared_pag
 # A real ComfyUI ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(isinstance(COMFY, str), reason=str(COMFY))
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        "classic",
-        # The preview node stays empty in the frontend of 0.3.64; later ones have not been tried.
-        pytest.param("vue", marks=pytest.mark.xfail(reason="no DOM widgets in this frontend's Nodes 2.0")),
-    ],
-)
-def test_the_widget_shows_the_model_in_a_real_graph(site, tmp_path, nodes):
-    with ComfyServer(tmp_path / "comfy") as server, Page(tmp_path / "profile") as page:
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    if isinstance(COMFY, str):
+        pytest.skip(COMFY)
+    with ComfyServer(tmp_path_factory.mktemp("comfy")) as running:
         # Else the frontend greets a new user with its templates, over the graph.
-        server.client().post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes == "vue"})
+        running.client().post("/settings", {"Comfy.TutorialCompleted": True})
+        yield running
+
+
+def preview_graph(name):
+    """A graph as the editor saves it: a mesh file, and its preview at (420, 120)."""
+    common = {"flags": {}, "mode": 0, "properties": {}}
+    sockets = [{"name": each, "type": "TRIPTYCH_MESH", "link": link} for each, link in
+               (("mesh", 1), ("compare_with", None))]  # fmt: skip
+    load = {"id": 1, "type": "Triptych_LoadMesh", "pos": [60, 120], "size": [300, 110], "order": 0, "inputs": [],
+            "outputs": [{"name": "mesh", "type": "TRIPTYCH_MESH", "links": [1]}], "widgets_values": [name, False]}
+    show = {"id": 2, "type": "Triptych_Preview3D", "pos": [420, 120], "size": [420, 480], "order": 1, "inputs": sockets,
+            "outputs": [], "widgets_values": []}
+    return {"last_node_id": 2, "last_link_id": 1, "version": 0.4, "nodes": [load | common, show | common],
+            "links": [[1, 1, 0, 2, 0, "TRIPTYCH_MESH"]]}  # fmt: skip
+
+
+def open_editor(page, server):
+    page.goto(f"http://127.0.0.1:{server.port}/", until="window.app?.graph && window.triptychViewers", timeout_s=600)
+    page.wait("app.canvas && LiteGraph.registered_node_types['Triptych_Preview3D']", timeout_s=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", ["classic", "vue"])
+def test_the_widget_shows_the_model_in_a_real_graph(comfy, tmp_path, nodes):
+    with Page(tmp_path / "profile") as page:
+        comfy.client().post("/settings", {"Comfy.VueNodes.Enabled": nodes == "vue"})
         write_mesh(sample_object(), tmp_path / "toy.glb")
-        name = server.client().upload("toy.glb", (tmp_path / "toy.glb").read_bytes())
-        graph = {
-            "1": {"class_type": "Triptych_LoadMesh", "inputs": {"file": name, "normalize": False}},
-            "2": {"class_type": "Triptych_Preview3D", "inputs": {"mesh": ["1", 0]}},
-        }
-        page.goto(
-            f"http://127.0.0.1:{server.port}/", until="window.app?.graph && window.triptychViewers", timeout_s=600
-        )
-        page.wait("app.canvas && LiteGraph.registered_node_types['Triptych_Preview3D']", timeout_s=300)
-        page.evaluate(f"app.loadApiJson({json.dumps(graph)}, 'test')")
+        name = comfy.client().upload("toy.glb", (tmp_path / "toy.glb").read_bytes())
+        open_editor(page, comfy)
+        assert page.evaluate("!!LiteGraph.vueNodesMode") is (nodes == "vue")
         find = "app.graph._nodes.find(node => node.comfyClass === 'Triptych_Preview3D')"
-        page.wait(f"{find} && triptychViewers.get({find})")
-        page.evaluate(
-            f"{find}.pos = [420, 120]; {find}.setSize([420, 480]); app.canvas.ds.scale = 1;"
-            " app.canvas.ds.offset = [0, 0]; app.graph.setDirtyCanvas(true, true)"
-        )
-        page.evaluate("app.queuePrompt(0, 1)")
         viewer = f"triptychViewers.get({find})"
+        page.evaluate(f"app.loadGraphData({json.dumps(preview_graph(name))})")
+        page.wait(f"{find} && {viewer}")
+        page.evaluate("app.queuePrompt(0, 1)")
         page.wait(f"{viewer}.host.dataset.ready === 'yes'", timeout_s=600)
         page.evaluate(f"{viewer}.set({{mode: 'colors', grid: false}}); {viewer}.draw()")
         page.keep(f"widget_comfyui_{nodes}")
         pixels = page.canvas(f"{viewer}.canvas")
         assert len(where(pixels, (250, 207, 46))) > 50 and 0.02 < drawn(pixels).mean() < 0.9
-        box = page.evaluate(f"(b => [b.x, b.y, b.width, b.height])({viewer}.host.getBoundingClientRect())")
-        shot = page.screenshot()
-        x, y, width, height = (round(value) for value in box)
-        on_screen = shot[max(0, y) : y + height, max(0, x) : x + width]
-        assert len(where(on_screen, (250, 207, 46), 12)) > 20
+        x, y, width, height = box(page, viewer)
+        assert width > 280 and height > 230
+        on_screen = page.screenshot()[max(0, y) : y + height, max(0, x) : x + width]
+        assert len(where(on_screen, (250, 207, 46), 12)) > 100
+        the_pointer_moves_the_model_and_not_the_graph(page, viewer, find, (x + width // 2, y + height // 2))
+        it_is_shown_again_after_it_was_out_of_sight(page, viewer, find)
         # The graph that a user saves holds what is needed to show the model again.
         saved = page.evaluate("JSON.stringify(app.graph.serialize())")
         page.evaluate(f"app.loadGraphData({saved})")
         page.wait(f"{viewer}?.host.dataset.ready === 'yes'", timeout_s=300)
         page.evaluate(f"{viewer}.draw()")
         assert len(where(page.canvas(f"{viewer}.canvas"), (250, 207, 46))) > 50
+        # A graph that is left takes its widgets with it.
+        page.evaluate(f"window.left = {viewer}.host; app.graph.clear()")
+        page.wait("!left.isConnected")
+
+
+def box(page, viewer):
+    rectangle = f"(b => [b.x, b.y, b.width, b.height])({viewer}.host.getBoundingClientRect())"
+    return tuple(round(value) for value in page.evaluate(rectangle))
+
+
+def the_pointer_moves_the_model_and_not_the_graph(page, viewer, node, place):
+    graph = f"JSON.stringify([[...{node}.pos], app.canvas.ds.scale, [...app.canvas.ds.offset]])"
+    pose = page.evaluate(f"structuredClone({viewer}.state.pose)")
+    before, scale = page.evaluate(graph), page.evaluate("app.canvas.ds.scale")
+    page.drag(place, (place[0] + 60, place[1]))
+    assert page.evaluate(f"{viewer}.state.pose.azimuth") == pytest.approx(pose["azimuth"] - 24 / scale, abs=0.5)
+    page.call("Input.dispatchMouseEvent", type="mouseWheel", x=place[0], y=place[1], deltaX=0, deltaY=-50)
+    page.wait(f"{viewer}.state.pose.distance < {pose['distance']}")
+    page.screenshot()
+    assert page.evaluate(graph) == before
+
+
+def it_is_shown_again_after_it_was_out_of_sight(page, viewer, node):
+    """Collapsed, zoomed far out, and in the other kind of nodes."""
+    page.evaluate(f"{node}.collapse(); app.graph.setDirtyCanvas(true, true)")
+    page.wait(f"{viewer}.host.getBoundingClientRect().height === 0")
+    page.evaluate(f"{node}.collapse(); app.graph.setDirtyCanvas(true, true)")
+    page.wait(f"{viewer}.host.getBoundingClientRect().height > 200")
+    page.evaluate("app.canvas.ds.scale = 0.15; app.graph.setDirtyCanvas(true, true)")
+    page.screenshot()
+    page.evaluate("app.canvas.ds.scale = 1; app.graph.setDirtyCanvas(true, true)")
+    page.wait(f"{viewer}.host.getBoundingClientRect().height > 200")
+    setting = "app.extensionManager.setting"
+    for _ in range(2):
+        page.evaluate(f"{setting}.set('Comfy.VueNodes.Enabled', !{setting}.get('Comfy.VueNodes.Enabled'))")
+        page.screenshot()
+        page.wait(f"{viewer}.host.isConnected && {viewer}.host.getBoundingClientRect().height > 200")

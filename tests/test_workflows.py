@@ -16,7 +16,7 @@ from triptych.geometry.files import read_mesh, write_obj
 from triptych.procedural import sample_object, sample_views
 
 FOLDER = ROOT / "workflows"
-NAMES = ("clean_and_texture", "image_to_obj", "turntable", "views_to_obj")
+NAMES = ("clean_and_texture", "image_to_obj", "photo_to_obj", "text_to_obj", "turntable", "views_to_obj")
 SIDES = ("front", "left", "back", "right")
 WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
 FOUND = find_comfy()
@@ -179,13 +179,19 @@ def test_what_cannot_be_converted_is_said(small, info, change, sentence):
 SMALL = {
     "Triptych_PrepareViews": {"size": 128}, "Triptych_Reconstruct": {"ensemble": 1, "steps": 2},
     "Triptych_CleanMesh": {"target_faces": 1000}, "Triptych_TextureMesh": {"texture_size": 128},
-    "Triptych_RenderViews": {"count": 3, "size": 64},
+    "Triptych_RenderViews": {"count": 3, "size": 64}, "Triptych_FluxViews": {"steps": 2, "rerolls": 0, "size": 128},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory):
-    with ComfyServer(tmp_path_factory.mktemp("comfy")) as running:
+    """With the embedded Flux model, or, where it is not there, a random one of its kind under its name."""
+    base = tmp_path_factory.mktemp("comfy")
+    if not (ROOT / "weights" / "triptych-tiny" / "flux" / "views.json").is_file():
+        from flux_tiny import copied, klein_folder, write_klein_card
+
+        write_klein_card(copied(klein_folder("mini"), base / "models" / "triptych" / "triptych-tiny" / "flux"))
+    with ComfyServer(base) as running:
         yield running
 
 
@@ -224,6 +230,8 @@ def test_both_forms_run(name, comfy, inputs, tmp_path):
         )  # fmt: skip
         results.append((result, heard))
     (first, heard), (second, _) = results
+    if "Triptych_FluxViews" in json.dumps(api_form(name)):
+        assert "drew" in first.texts["Flux views"][0], "API users are told what was drawn"
     assert first.files == second.files and second.cached  # the same graph: nothing to do, and the same files
     kept = [path for path in first.files if "temp" not in path.relative_to(tmp_path).parts]
     if name == "turntable":

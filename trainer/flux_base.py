@@ -33,10 +33,11 @@ from trainer.tasks.flux_vae import patchified
 from triptych.errors import TriptychError
 from triptych.flux.card import ViewsCard, default_card
 from triptych.flux.hub import find_model, read_index
-from triptych.flux.lora import ADAPTER, DEFAULT_TARGETS, check_targets, save_lora
+from triptych.flux.lora import DEFAULT_TARGETS, check_targets, save_lora
 from triptych.flux.parts import PIPELINES, _load_part, _quiet, architecture_of, is_block_matrix, require_libraries
 
 KLEIN = "flux2-klein"
+ADAPTER = "triptych"  # the name that PEFT writes into those of its tensors
 QUANTISERS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 LORA_FILE = "lora.safetensors"
 _PARTS = {  # part -> its file that has to be there; the class where no model_index.json names one

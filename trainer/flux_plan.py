@@ -33,8 +33,7 @@ SHEETS_PX = (512, 768, 1024)
 TEXT_TOKENS = 512
 USABLE = 0.9
 MODES = ("full", "lora", "lora, int8 base", "lora, nf4 base")
-# Bytes of a number of a quantised matrix. nf4 has a float32 scale for each 64 numbers; those of int8 and fp8, one a row,
-# are counted by rows.
+# Bytes of a number of a quantised matrix. nf4 has a float32 scale for each 64 numbers; int8 and fp8 have one a row.
 _MATRIX_BYTES = {"lora, int8 base": 1.0, "lora, fp8 base": 1.0, "lora, nf4 base": 0.5 + 4 / 64}
 _SCALED_ROWS = ("lora, int8 base", "lora, fp8 base")
 
@@ -112,7 +111,8 @@ class FluxShape:
     def activations(self, mode: str, tokens: int, *, recompute: bool = True, cuda: bool = True) -> float:
         """Bytes of one sample's backward pass; one block at a time is there whole when blocks are recomputed."""
         kinds = [kind for kind, count in self.blocks.items() for _ in range(count)]
-        rest = 10.0 * self.width * tokens  # embedded tokens, and the last norm with its input and output
+        # Embedded tokens, and the last norm's input and output.
+        rest = tokens * self.width * (4.0 + (_NORM_BYTES if cuda else 0))
         if not recompute:
             return tokens * sum(self.kept(kind, mode, cuda) for kind in kinds) + rest
         return tokens * (2.0 * self.width * len(kinds) + max(self.kept(kind, mode, cuda) for kind in kinds)) + rest
@@ -207,16 +207,17 @@ def plan_shape(base: str, lora: LoraSettings) -> FluxShape:
         return shape_of(weightless(architecture, **sizes), settings)
     if not (Path(base) / "transformer" / "config.json").is_file():
         raise TriptychError(
-            f"the shape of {base or 'a model without base'} is not known: name a folder, or one of {', '.join(PUBLISHED)}"
+            f"the shape of {base or 'a model without base'} is not known: name a folder, or one of "
+            f"{', '.join(PUBLISHED)}"
         )
+    import diffusers
+
     from triptych.flux.hub import read_json
     from triptych.flux.parts import PIPELINES, architecture_of
 
-    import_name = PIPELINES[architecture_of(Path(base))][1]["transformer"][1][0]
-    import diffusers
-
+    class_name = PIPELINES[architecture_of(Path(base))][1]["transformer"][1][0]
     with torch.device("meta"):
-        network = getattr(diffusers, import_name).from_config(read_json(Path(base) / "transformer" / "config.json"))
+        network = getattr(diffusers, class_name).from_config(read_json(Path(base) / "transformer" / "config.json"))
     return shape_of(network, settings)
 
 
@@ -243,7 +244,7 @@ def plan_text(config: Any, cards_gib: Sequence[int] | None, batch: int) -> str:
     for name, recompute in (("blocks recomputed", True), ("nothing recomputed", False)):
         sizes = (shape.activations(own, sheet_tokens(size), recompute=recompute) / GIB for size in SHEETS_PX)
         lines.append(f"{name:<24}" + "".join(f"{size:>12.2f}" for size in sizes))
-    lines += ["", f"{'largest batch':<8}"]
+    lines += ["", "largest batch of one backward pass, blocks recomputed"]
     lines.append(f"{'card':<8}{'training':<18}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX))
     for card in cards:
         for mode in MODES:

@@ -1,8 +1,8 @@
 """How good are a model's views? One protocol for every model, on real scans that were never trained on.
 
 Each object's photograph (its front, cut out, filling the frame: what a user has) goes through the model once for each
-seed, with the protocol's text and the model's own steps and guidance. The sheet's left, back and right are compared with
-the true ones. Beside the model stand what it has to beat and what it cannot beat:
+seed, with the protocol's text and the model's own steps and guidance. The sheet's left, back and right are compared
+with the true ones. Beside the model stand what it has to beat and what it cannot beat:
 
 - model, fitted: its views moved and scaled so that their boxes have the true height and centre, as the pipeline does
   with all views of a set; what is left when the object's unknown size is taken out;
@@ -160,7 +160,7 @@ def sheet_panels(
 def score_object(
     model: FluxViews, protocol: Protocol, item: TrueObject, panels: Panels, lpips: Lpips | None = None
 ) -> dict[str, Any]:
-    """ "views": method -> view -> scores. "hull": method -> view -> agreement of its silhouette with the others' hull."""
+    """views: method -> view -> scores; hull: method -> view -> agreement of its silhouette with the others' hull."""
     size = protocol.panel_px
     truth = named(item.truth)
     photo = resize_premultiplied(item.photo, size, size)

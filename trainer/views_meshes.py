@@ -10,7 +10,7 @@ Five ways to reconstruct one object with a bundle, each from the same photograph
 | photo + generated, lone | what ``views_from_prompt`` makes of the lone photograph | found by the pipeline |
 | photo + true | and the true left, back and right at the panels' size: the most that a sheet can give | the rig's |
 
-The rows without the model depend on the bundle and the protocol alone, so they are kept beside the report and read again.
+The rows without the model depend on the bundle and the protocol alone: they are kept beside the report and read again.
 A set of views that no solid agrees with counts as failed, with the protocol's ``failed_chamfer`` and F-scores of 0.
 """
 
@@ -98,7 +98,7 @@ class Meshes:
     def _key(self) -> str:
         """Of everything that the rows without the model depend on, but the objects' pixels, which key the rows."""
         folder = self.bundle.folder
-        parts = [file_sha256(path) for path in sorted(folder.glob("*.safetensors")) + [folder / "bundle.json"]]
+        parts = [file_sha256(path) for path in [*sorted(folder.glob("*.safetensors")), folder / "bundle.json"]]
         parts += [repr(self.settings), json.dumps(self.protocol.meshes, sort_keys=True), str(self.protocol.panel_px)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 

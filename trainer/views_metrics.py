@@ -69,8 +69,8 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
 def hull_agreement(masks: np.ndarray) -> np.ndarray:
     """How well each silhouette agrees with the visual hull of the other three: (4,) IoU.
 
-    masks: (4, S, S) bool, the rig's front, left, back, right. Seen orthographically at elevation 0, a row of pixels is a
-    slice of the object at one height: the front and back views bound it in x, the left and right ones in z, and the
+    masks: (4, S, S) bool, the rig's front, left, back, right. Seen orthographically at elevation 0, a row of pixels is
+    a slice of the object at one height: the front and back views bound it in x, the left and right ones in z, and the
     hull's slice is the product of the two sets. So the hull of three views, seen from the fourth, is the opposite view
     mirrored, in the rows where the two views from the sides have something in common. Exact at the pixels' resolution.
     """
@@ -111,7 +111,7 @@ def load_lpips(report: Callable[[str], None]) -> Lpips | None:
 
 
 def surface_scores(mesh: Mesh, truth: Mesh, samples: int, thresholds: Sequence[float]) -> dict[str, float]:
-    """Chamfer distance and F-scores as they are ("chamfer", "f0.02", ...), and after ``fitted`` ("fitted_chamfer", ...).
+    """Chamfer distance and F-scores as they are ("chamfer", "f0.02", ...) and after ``fitted`` ("fitted_chamfer", ...).
 
     Both in units of the true object's longest side when ``truth`` is normalised. Chamfer: the mean of the two directed
     mean distances between ``samples`` points each.

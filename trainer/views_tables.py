@@ -36,12 +36,12 @@ def _heading(report: Mapping[str, Any]) -> str:
     pixels = "the protocol's own pixels"
     if changed:
         pixels = (
-            f"**other pixels than the protocol's for {len(changed)} objects (the first is {changed[0]}): not comparable "
-            "with other reports**"
+            f"**other pixels than the protocol's for {len(changed)} objects (the first is {changed[0]}): not "
+            "comparable with other reports**"
         )
     return (
-        f"{model['name']}: {protocol['objects']} of {protocol['of']} objects, protocol {protocol['version']}, {pixels}, "
-        f"seeds {', '.join(map(str, model['seeds']))}, {model['steps']} steps, guidance {model['guidance']:g}, "
+        f"{model['name']}: {protocol['objects']} of {protocol['of']} objects, protocol {protocol['version']}, "
+        f"{pixels}, seeds {', '.join(map(str, model['seeds']))}, {model['steps']} steps, guidance {model['guidance']:g}, "
         f"{model['sheet_s']:.1f} s a sheet (median)"
     )
 

@@ -193,7 +193,9 @@ def _chosen_objects(protocol: Protocol, data: Path) -> list[dict[str, str]]:
                 if row["split"] == "train" and noun in nouns:
                     found[noun].setdefault(row["shape_group"], {**row, "noun": noun})
     except OSError as error:
-        raise TriptychError(f"{data}/index.csv cannot be read: name the folder of the object data with --data") from error
+        raise TriptychError(
+            f"{data}/index.csv cannot be read: name the folder of the object data with --data"
+        ) from error
     if missing := [noun for noun in nouns if noun not in found]:
         raise TriptychError(f"{data} has no training object called {missing[0]}: get the data of the protocol")
     return [

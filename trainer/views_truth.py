@@ -80,8 +80,8 @@ def load_protocol(path: Path | str = PROTOCOL_FILE) -> Protocol:
     light = {"head": sheets.HEAD, "sky": sheets.SKY, "ambient": sheets.AMBIENT}
     if values["truth_light"] != light:
         raise TriptychError(
-            f"the protocol {path} lights the true views with {values['truth_light']}, this code with {light}: check out "
-            "the commit that the protocol belongs to"
+            f"the protocol {path} lights the true views with {values['truth_light']}, this code with {light}: check "
+            "out the commit that the protocol belongs to"
         )
     return Protocol(**{**values, "seeds": tuple(values["seeds"])})
 

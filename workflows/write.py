@@ -22,7 +22,10 @@ from triptych.api.convert import convert  # noqa: E402
 SIDES = ("front", "left", "back", "right")
 WIDTH, GAP, LINE = 320, 80, 26
 HEADER = 110  # of a group's title and the margin below it
-PREVIEWS = {"LoadImage": 220, "Triptych_PrepareViews": 160, "Triptych_Preview3D": 420, "SaveImage": 260}
+PREVIEWS = {
+    "LoadImage": 220, "Triptych_PrepareViews": 160, "Triptych_FluxViews": 420, "Triptych_Preview3D": 420,
+    "SaveImage": 260,
+}  # fmt: skip
 
 
 class Editor:
@@ -130,6 +133,32 @@ def image_to_obj(editor: Editor) -> None:
     )
 
 
+def text_to_obj(editor: Editor) -> None:
+    model = editor.add(0, "Triptych_LoadFlux")
+    views = editor.add(1, "Triptych_FluxViews", model=(model, 0), prompt="a red chair")
+    reconstruction(editor, views, "diffuse")
+    editor.note(
+        0,
+        "Write what the object is into the prompt. For other views of it, change the seed of Flux views; the sheet is "
+        "shown on the node.\n\nThe embedded model knows simple sentences about colours, materials, shapes and common "
+        "objects, and says which words it does not know.\n\nThe OBJ, its MTL and its texture are written to "
+        "output/mesh.",
+    )
+
+
+def photo_to_obj(editor: Editor) -> None:
+    model = editor.add(0, "Triptych_LoadFlux")
+    photo = editor.add(0, "LoadImage", "front", image="front.png")
+    views = editor.add(1, "Triptych_FluxViews", model=(model, 0), front=(photo, 0), front_mask=(photo, 1))
+    reconstruction(editor, views, "diffuse")
+    editor.note(
+        0,
+        "Load one picture, seen from the front; Flux views draws the left, back and right. A sentence in the prompt "
+        "helps it. If you have pictures of further sides, connect them to Flux views too.\n\nThe OBJ, its MTL and its "
+        "texture are written to output/mesh.",
+    )
+
+
 def clean_and_texture(editor: Editor) -> None:
     views = pictures(editor, SIDES)
     mesh = editor.add(1, "Triptych_LoadMesh", "mesh", file="model.obj", normalize=True)
@@ -156,7 +185,7 @@ def turntable(editor: Editor) -> None:
     )
 
 
-WORKFLOWS = (views_to_obj, image_to_obj, clean_and_texture, turntable)
+WORKFLOWS = (text_to_obj, photo_to_obj, views_to_obj, image_to_obj, clean_and_texture, turntable)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command line: views, demo, convert, render, inspect, compare, parity, api.
+"""The command line: views, generate, demo, convert, render, inspect, compare, parity, api.
 
 Exit codes: 0 done; 1 the user can mend it (one sentence on stderr that begins with ``error:``); 2 wrong usage (and
 for ``parity`` a file that it cannot run); 130 interrupted. Results go to stdout, progress and warnings to stderr. A
@@ -18,8 +18,8 @@ from ..errors import TriptychError
 from .arguments import UsageError, parse
 
 # Command -> the module of its function of the same name.
-_HOMES = {"views": "reconstruct", "demo": "reconstruct", "inspect": "inspect", "convert": "meshes", "render": "meshes",
-          "compare": "meshes", "parity": "parity", "api": "api"}  # fmt: skip
+_HOMES = {"views": "reconstruct", "generate": "generate", "demo": "reconstruct", "inspect": "inspect",
+          "convert": "meshes", "render": "meshes", "compare": "meshes", "parity": "parity", "api": "api"}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,8 @@ VIEWS = ("front", "left", "back", "right")
 FORMATS = ("obj", "glb", "gltf", "ply", "stl", "off")
 RENDER_MODES = ("shaded", "albedo", "clay", "normal", "depth")
 FOREGROUNDS = ("auto", "alpha", "plain", "matting")
+OFFLOADS = ("auto", "none", "model", "sequential")
+QUANTISATIONS = ("none", "int8", "nf4", "fp8")
 
 
 class UsageError(TriptychError):
@@ -30,6 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"triptych {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_views(commands)
+    _add_generate(commands)
     _add_demo(commands)
     _add_convert(commands)
     _add_render(commands)
@@ -48,7 +51,12 @@ def _add_views(commands: argparse._SubParsersAction) -> None:
         "and right), become a textured mesh. Prints a JSON summary.",
     )
     _add_pictures(views)
-    views.add_argument(
+    _add_target(views)
+    _add_settings(views)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "-o",
         "--out",
         required=True,
@@ -56,10 +64,78 @@ def _add_views(commands: argparse._SubParsersAction) -> None:
         help="a mesh file, whose suffix is the default format, or a folder; what exists there is kept, and the new "
         "files get a number",
     )
-    _add_settings(views)
-    views.add_argument("--formats", type=_formats, metavar="LIST", help=f"comma-separated, of {','.join(FORMATS)}")
-    views.add_argument("--viewer", action="store_true", help="also write viewer.html, a page that shows the mesh")
-    views.add_argument("--turntable", action="store_true", help="also write a picture of the mesh from eight sides")
+    parser.add_argument("--formats", type=_formats, metavar="LIST", help=f"comma-separated, of {','.join(FORMATS)}")
+    parser.add_argument("--viewer", action="store_true", help="also write viewer.html, a page that shows the mesh")
+    parser.add_argument("--turntable", action="store_true", help="also write a picture of the mesh from eight sides")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="a sentence, a photo, or some of the views -> a textured mesh",
+        description="A Flux model draws the views that are missing of front, left, back and right (the object's own "
+        "left and right); then all four become a textured mesh, as with the command views. Prints a JSON summary; the "
+        "views lie beside the mesh as NAME_views.png.",
+    )
+    generate.add_argument(
+        "words",
+        nargs="*",
+        metavar="PROMPT|PICTURE",
+        help='what the object is, such as "a red chair", and picture files, in the order front, left, back, right; at '
+        "least one of them",
+    )
+    for name in VIEWS:
+        generate.add_argument(f"--{name}", metavar="FILE", help=f"the {name} view, by name")
+    _add_target(generate)
+    _add_drawing(generate)
+    _add_settings(generate)
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How the views are generated; cli/generate.py reads these as ViewOptions."""
+    parser.add_argument(
+        "--views-model",
+        default="triptych-tiny",
+        metavar="MODEL",
+        help="what draws the views: a name, a folder, or a Hugging Face id (default: triptych-tiny, the embedded one)",
+    )
+    parser.add_argument("--lora", metavar="FILE", help="a LoRA for that model, a safetensors file")
+    parser.add_argument("--lora-strength", type=float, default=1.0, metavar="X", help="default: 1")
+    parser.add_argument(
+        "--views-steps", type=_whole(1, 1000), metavar="N", help="sampling steps of the views (default: the model's)"
+    )
+    parser.add_argument(
+        "--views-guidance",
+        type=float,
+        metavar="X",
+        help="how closely the views follow the prompt (default: the model's)",
+    )
+    parser.add_argument(
+        "--rerolls",
+        type=_whole(0, 100),
+        default=2,
+        metavar="N",
+        help="how often faulty views are drawn again at most, each time with the next seed (default: 2)",
+    )
+    parser.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="auto",
+        help="what of the views model waits in main memory while it is not needed (default: auto)",
+    )
+    parser.add_argument(
+        "--quantisation",
+        choices=QUANTISATIONS,
+        default="none",
+        help="smaller weights of the views model (default: none)",
+    )
+    parser.add_argument("--sheet-out", type=Path, metavar="PNG", help="also write the sheet of the four views here")
+    parser.add_argument(
+        "--views-out",
+        type=Path,
+        metavar="DIR",
+        help="also write each view here: front.png, left.png, back.png, right.png",
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -72,6 +148,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     _add_pictures(demo)
     demo.add_argument("-o", "--out", default="out", metavar="DIR", help="output folder (default: out)")
     _add_settings(demo)
+    demo.add_argument(
+        "--no-generate", action="store_true", help="take a single picture alone, without views that a model adds"
+    )
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,9 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,40 +18,85 @@ from .output import Export, free_number
 from .report import Progress, heard_warnings, to_json, warn, write_summary
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..bundles.bundle import Bundle
     from ..geometry.mesh import Mesh
 
 TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
 # Where in the whole the pipeline's own 0-1 lies; the rest is preparation, loading and writing.
 _PIPELINE = (0.15, 0.9)
+GENERATED = "generated"  # what the summary calls a view that nobody gave
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to write. stem: None takes it from the pictures. sample: show the sample object, and keep its views."""
+    """What to write. stem: None takes it from the pictures."""
 
     folder: Path
     stem: str | None
     formats: tuple[str, ...]
     viewer: bool
     turntable: bool
-    sample: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The views to reconstruct from. pictures: sources by view. labels: what the summary calls each.
+
+    name: the object's, for files. foreground: how to cut it out. sheet: a picture of the views to keep beside the mesh,
+    (H, W, 3|4) float 0-1; None keeps nothing. summary: further entries of the summary. extra: further PNGs to write.
+    """
+
+    pictures: dict[str, Any]
+    labels: dict[str, str]
+    name: str
+    foreground: str
+    sheet: np.ndarray | None = None
+    summary: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    extra: dict[Path, np.ndarray] = field(default_factory=dict)
 
 
 def views(args: argparse.Namespace) -> int:
     if not (args.pictures or args.sheet or any(getattr(args, name) for name in VIEWS)):
         raise UsageError("no pictures were given: name one to four files, or --sheet FILE (see views --help)")
-    folder, stem, suffix = _split_target(args.out)
-    wanted = Wanted(folder, stem, args.formats or (suffix,), args.viewer, args.turntable)
-    print(to_json(_run(args, wanted)))
+    print(to_json(reconstruct(args, wanted_files(args), lambda device, clock: _read_views(args))))
     return 0
 
 
 def demo(args: argparse.Namespace) -> int:
-    sample = not (args.pictures or args.sheet or any(getattr(args, name) for name in VIEWS))
-    wanted = Wanted(Path(args.out), None, ("obj", "glb"), viewer=True, turntable=True, sample=sample)
-    print(_in_words(_run(args, wanted)))
+    wanted = Wanted(Path(args.out), None, ("obj", "glb"), viewer=True, turntable=True)
+    files = {} if args.sheet else picture_files(args)
+    if not files and not args.sheet:
+        gather = lambda device, clock: _sample_inputs(args)  # noqa: E731
+    elif len(files) == 1 and not args.no_generate and _can_generate():
+        from .generate import ViewOptions, generated_inputs
+
+        gather = lambda device, clock: generated_inputs("", files, ViewOptions.of(args), device, clock)  # noqa: E731
+    else:
+        gather = lambda device, clock: _read_views(args)  # noqa: E731
+    print(_in_words(reconstruct(args, wanted, gather)))
     return 0
+
+
+def _can_generate() -> bool:
+    """Whether the embedded views model is here and can be run; says so when only a package is missing."""
+    from importlib.util import find_spec
+
+    from ..flux import card, hub
+
+    if not (hub.EMBEDDED_FOLDER / card.CARD).is_file():
+        return False
+    missing = [name for name in ("diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        warn(f"the other views are not generated, which needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return not missing
+
+
+def wanted_files(args: argparse.Namespace) -> Wanted:
+    folder, stem, suffix = _split_target(args.out)
+    return Wanted(folder, stem, args.formats or (suffix,), args.viewer, args.turntable)
 
 
 def _split_target(out: str) -> tuple[Path, str | None, str]:
@@ -65,7 +110,7 @@ def _split_target(out: str) -> tuple[Path, str | None, str]:
     return path.parent, path.stem, suffix
 
 
-def _sources(args: argparse.Namespace) -> dict[str, str]:
+def picture_files(args: argparse.Namespace) -> dict[str, str]:
     """View name -> file, of pictures in order and pictures by name."""
     if len(args.pictures) > len(VIEWS):
         raise TriptychError(
@@ -85,55 +130,67 @@ def _sources(args: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def _read_views(args: argparse.Namespace, sample: bool) -> tuple[dict[str, Any], dict[str, str], str]:
-    """Picture sources by view, what to call them, and a name for the object."""
-    if sample:
-        from ..procedural import sample_views
+def _sample_inputs(args: argparse.Namespace) -> Inputs:
+    from ..images.sheets import join_sheet
+    from ..procedural import sample_views
 
-        return dict(sample_views()), dict.fromkeys(VIEWS, "the sample object"), "sample"
-    files = _sources(args)
+    pictures = sample_views()
+    sheet = join_sheet(pictures, "row", background=(1, 1, 1))
+    return Inputs(dict(pictures), dict.fromkeys(VIEWS, "the sample object"), "sample", args.foreground, sheet)
+
+
+def _read_views(args: argparse.Namespace) -> Inputs:
+    files = picture_files(args)
     if args.sheet is not None:
         if files:
             raise UsageError(f"--sheet {args.sheet} holds all views: give the sheet or single pictures, not both")
         from ..images.sheets import split_sheet
 
         cells = split_sheet(args.sheet)
-        return dict(cells), dict.fromkeys(cells, args.sheet), _object_name(args.sheet)
-    return dict(files), files, _object_name(files.get("front") or next(iter(files.values())))
+        return Inputs(dict(cells), dict.fromkeys(cells, args.sheet), object_name(args.sheet), args.foreground)
+    name = object_name(files.get("front") or next(iter(files.values())))
+    return Inputs(dict(files), files, name, args.foreground)
 
 
-def _object_name(file: str) -> str:
+def object_name(file: str) -> str:
     """chair_front.png -> chair; front.png -> object, because an export named front would be taken for a view."""
     stem = Path(file).stem
     return re.sub(rf"(^|[ ._-]+)({'|'.join(VIEWS)}|views|sheet)$", "", stem, flags=re.IGNORECASE) or "object"
 
 
-class _Clock:
-    """Seconds by stage, shown while they pass."""
+class Clock:
+    """Seconds by stage, shown while they pass. begin: the share of the whole that is behind us, 0-1."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self.begin = 0.0
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
+
+    def show(self, stage: str, fraction: float) -> None:
+        self.progress.show(stage, self.begin + (1 - self.begin) * fraction)
 
     @contextmanager
     def stage(self, name: str, begin: float, end: float) -> Iterator[None]:
         started = time.perf_counter()
-        self.progress.show(name, begin)
+        self.show(name, begin)
         yield
-        self.progress.show(name, end)
+        self.show(name, end)
         self.seconds[name] = round(time.perf_counter() - started, 4)
 
     def pipeline(self, stage: str, fraction: float) -> None:
         low, high = _PIPELINE
-        self.progress.show(stage, low + (high - low) * fraction)
+        self.show(stage, low + (high - low) * fraction)
 
     def total(self) -> dict[str, float]:
         return {**self.seconds, "total": round(time.perf_counter() - self._started, 4)}
 
 
-def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
-    """The whole job; its summary. The folder is tried first: nobody waits for a mesh that cannot be kept."""
+def reconstruct(args: argparse.Namespace, wanted: Wanted, gather: Callable[[str, Clock], Inputs]) -> dict[str, Any]:
+    """The whole job; its summary. gather(device, clock): where the views come from.
+
+    The folder is tried first: nobody waits for a mesh that cannot be kept.
+    """
     with heard_warnings() as heard, Export(wanted.folder, overwrite=args.overwrite) as export:
         from ..bundles.bundle import load_bundle
         from ..bundles.published import PublishedBundle
@@ -141,18 +198,19 @@ def _run(args: argparse.Namespace, wanted: Wanted) -> dict[str, Any]:
         device = _device(args.device)
         bundle = load_bundle(args.bundle)
         with Progress(args.quiet) as progress:
-            clock = _Clock(progress)
-            pictures, labels, name = _read_views(args, wanted.sample)
-            reconstruct = _from_published if isinstance(bundle, PublishedBundle) else _from_posed_views
-            made = reconstruct(args, bundle, pictures, device, clock)
+            clock = Clock(progress)
+            inputs = gather(device, clock)
+            make = _from_published if isinstance(bundle, PublishedBundle) else _from_posed_views
+            made = make(args, bundle, inputs, device, clock)
             with clock.stage("write", _PIPELINE[1], 1.0):
-                files = _write(export, wanted, made.mesh, wanted.stem or name, pictures)
-        for sentence in dict.fromkeys(made.warnings):
+                files = _write(export, wanted, made.mesh, inputs)
+        for sentence in dict.fromkeys((*inputs.warnings, *made.warnings)):
             heard.append(sentence)
             warn(sentence)
         summary = {
             "files": [str(path) for path in files],
-            "views": {view: str(labels[view]) for view in made.views},
+            "views": {view: str(inputs.labels[view]) for view in made.views},
+            **inputs.summary,
             "vertices": len(made.mesh.vertices),
             "faces": len(made.mesh.faces),
             "bundle": bundle.name,
@@ -176,9 +234,7 @@ class _Made:
     warnings: tuple[str, ...]
 
 
-def _from_posed_views(
-    args: argparse.Namespace, bundle: Bundle, pictures: dict[str, Any], device: str, clock: _Clock
-) -> _Made:
+def _from_posed_views(args: argparse.Namespace, bundle: Bundle, inputs: Inputs, device: str, clock: Clock) -> _Made:
     """With a bundle that was trained for the view rig."""
     from ..images.views import prepare_views
     from ..pipelines.reconstruct import VIEW_SIZE, Settings, mesh_from_views, networks
@@ -189,7 +245,7 @@ def _from_posed_views(
             "views at once, so leave it out"
         )
     with clock.stage("prepare", 0.0, 0.1):
-        view_set = prepare_views(dict(pictures.items()), size=VIEW_SIZE, foreground=args.foreground)
+        view_set = prepare_views(dict(inputs.pictures.items()), size=VIEW_SIZE, foreground=inputs.foreground)
     with clock.stage("load", 0.1, _PIPELINE[0]):
         networks(bundle)  # loads, and so checks, what the main job uses
     settings = Settings(
@@ -208,16 +264,14 @@ def _from_posed_views(
     return _Made(made.mesh, tuple(view_set.names), used, (*view_set.warnings, *made.warnings))
 
 
-def _from_published(
-    args: argparse.Namespace, bundle: Bundle, pictures: dict[str, Any], device: str, clock: _Clock
-) -> _Made:
+def _from_published(args: argparse.Namespace, bundle: Bundle, inputs: Inputs, device: str, clock: Clock) -> _Made:
     """With a published TRELLIS bundle: pictures without cameras; the result has vertex colours."""
     from ..images.published import published_pictures
     from ..pipelines.memory import memory_table
     from ..pipelines.published import PublishedSettings, Sampling, mesh_from_pictures
 
     with clock.stage("prepare", 0.0, 0.1):
-        prepared, notes = published_pictures(list(pictures.values()), foreground=args.foreground)
+        prepared, notes = published_pictures(list(inputs.pictures.values()), foreground=inputs.foreground)
     sampling = Sampling(steps=args.steps, guidance=args.guidance)
     settings = PublishedSettings(
         seed=args.seed,
@@ -232,7 +286,7 @@ def _from_published(
         print(memory_table(made.memory), file=sys.stderr)
     used: dict[str, Any] = {"seed": made.settings.seed, "steps": made.settings.structure.steps}
     used |= {"guidance": made.settings.structure.guidance, "multi_view": made.settings.multi_view}
-    return _Made(made.mesh, tuple(pictures), used, (*notes, *made.warnings))
+    return _Made(made.mesh, tuple(inputs.pictures), used, (*notes, *made.warnings))
 
 
 def _device(choice: str) -> str:
@@ -243,13 +297,15 @@ def _device(choice: str) -> str:
     return "cpu" if choice == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
-def _write(export: Export, wanted: Wanted, mesh: Mesh, stem: str, pictures: dict[str, Any]) -> list[Path]:
+def _write(export: Export, wanted: Wanted, mesh: Mesh, inputs: Inputs) -> list[Path]:
     """Everything that is wanted, under one number that is free for all of it."""
     from ..geometry.files import write_mesh
+    from ..images.files import write_png
     from ..render.sheets import turntable_sheet
     from ..viewer.export import write_viewer
 
-    extras = {TURNTABLE: wanted.turntable, VIEWER: wanted.viewer, INPUTS: wanted.sample}
+    stem = wanted.stem or inputs.name
+    extras = {TURNTABLE: wanted.turntable, VIEWER: wanted.viewer, INPUTS: inputs.sheet is not None}
     others = [pattern for pattern, is_wanted in extras.items() if is_wanted]
     number = "" if export.overwrite else free_number(wanted.folder, stem, others)
     names = {pattern: pattern.format(stem=stem + number, number=number) for pattern in others}
@@ -259,12 +315,15 @@ def _write(export: Export, wanted: Wanted, mesh: Mesh, stem: str, pictures: dict
         turntable_sheet(mesh, export.place(names[TURNTABLE]))
     if wanted.viewer:
         write_viewer(mesh, export.place(names[VIEWER]), title=stem + number)
-    if wanted.sample:
-        from ..images.files import write_png
-        from ..images.sheets import join_sheet
-
-        write_png(join_sheet(pictures, "row", background=(1, 1, 1)), export.place(names[INPUTS]))
-    return export.commit()
+    if inputs.sheet is not None:
+        write_png(inputs.sheet, export.place(names[INPUTS]))
+    with ExitStack() as stack:  # all are written before any appears
+        folders = {path.parent for path in inputs.extra}
+        exports = {folder: stack.enter_context(Export(folder, overwrite=export.overwrite)) for folder in folders}
+        for path, picture in inputs.extra.items():
+            write_png(picture, exports[path.parent].place(path.name))
+        files = export.commit()
+        return files + [path for other in exports.values() for path in other.commit()]
 
 
 _MEANINGS = (
@@ -281,12 +340,17 @@ def _in_words(summary: dict[str, Any]) -> str:
     files: list[str] = summary["files"]
     shown = [(file, meaning) for suffix, meaning in _MEANINGS for file in files if file.endswith(suffix)]
     width = max(len(file) for file, _ in shown)
-    count = len(summary["views"])
+    names = list(summary["views"])
+    drawn = [name for name in names if summary["views"][name] == GENERATED]
+    known = [name for name in names if name not in drawn]
+    source = f"{len(known)} view{'s' * (len(known) > 1)} ({', '.join(known)})"
+    if drawn:
+        source += f" and {len(drawn)} generated ({', '.join(drawn)} by {summary['views_model']})"
     seconds = dict(summary["timings_s"])
     total = seconds.pop("total")
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     return "\n".join([
-        f"{summary['faces']:,} triangles from {count} view{'s' * (count > 1)} ({', '.join(summary['views'])}) by "
+        f"{summary['faces']:,} triangles from {source} by "
         f"{summary['bundle']}, seed {summary['seed']}, {summary['steps']} steps:",
         *(f"  {file:<{width}}  {meaning}" for file, meaning in shown),
         f"{total:.1f} s: {stages}.",

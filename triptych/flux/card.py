@@ -75,7 +75,7 @@ def default_card(architecture: str, *, distilled: bool = False) -> ViewsCard:
     `compute_empirical_mu(4096, steps)` for FLUX.2, and of 1.15 for FLUX.1.
     """
     if architecture == "flux2-klein":
-        steps, guidance, shift = (4, 1.0, math.exp(2.2910)) if distilled else (50, 4.0, math.exp(2.0234))
+        steps, guidance, shift = (4, 1.0, math.exp(2.29118)) if distilled else (50, 4.0, math.exp(2.02335))
         name, licence = "FLUX.2 klein", "as its publisher states (klein-4B: Apache-2.0)"
     elif architecture == "flux1-kontext":
         steps, guidance, shift = 28, 2.5, math.exp(1.15)
@@ -85,7 +85,7 @@ def default_card(architecture: str, *, distilled: bool = False) -> ViewsCard:
         name, licence = "FLUX.1", "as its publisher states (FLUX.1-dev: Non-Commercial)"
     else:
         raise TriptychError(f"unknown architecture {architecture!r}: choose {', '.join(ARCHITECTURES)}")
-    return ViewsCard(name, licence, architecture, _SHEET_PROMPT, steps=steps, guidance=guidance, shift=round(shift, 3))
+    return ViewsCard(name, licence, architecture, _SHEET_PROMPT, steps=steps, guidance=guidance, shift=round(shift, 4))
 
 
 def sigmas(steps: int, shift: float) -> list[float]:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ..errors import TriptychError
 from ..geometry.files import write_files
 from .keys import FAMILIES, module_names, piece_of
-from .lora_forms import A, B, bare, json_object, normalised, pairs
+from .lora_forms import A, B, bare, check_keys, json_object, normalised, pairs
 
-ADAPTER = "triptych"
+_STRENGTHS = "_triptych_lora_strengths"  # on a transformer: adapter -> strength, which PEFT does not remember
 FAMILY = {"flux2-klein": "flux2", "flux1-kontext": "flux1", "flux1-dev": "flux1"}  # of a card's architecture
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 # For PEFT's target_modules. A string is matched against the whole name there; a list of endings would not do, because
@@ -116,8 +116,8 @@ def save_lora(
     """Writes a LoRA that diffusers, ComfyUI and `read_lora` load with the same effect.
 
     state: PEFT's, ``[base_model.model.]<module>.lora_A[.<adapter>].weight`` (rank, inputs) and lora_B (outputs, rank),
-    of diffusers modules. alpha / rank is multiplied into lora_B, so that the file's own alpha is its rank. dtype: of the
-    file; None keeps the tensors'. The header holds base, architecture, rank, template and provenance.
+    of diffusers modules. alpha / rank is multiplied into lora_B, so that the file's own alpha is its rank. dtype: of
+    the file; None keeps the tensors'. The header holds base, architecture, rank, template and provenance.
     Raises TriptychError for modules that do not load everywhere, wrong shapes and numbers that are not finite.
     """
     if rank < 1 or not alpha > 0:
@@ -159,40 +159,52 @@ def read_lora(path: str | Path) -> LoraFile:
     try:
         with safe_open(str(path), framework="pt") as handle:
             header = handle.metadata() or {}
+            check_keys(handle.keys(), path.name)  # before a whole model is read in vain
             state = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (safe_open is no dict)
     except (OSError, SafetensorError) as error:
         raise TriptychError(f"{path} is no whole safetensors file ({error}): fetch it again") from error
     facts = json_object(header.get("triptych"))
     tensors, family = normalised(state, header, path)
     targets = tuple(sorted(key.removesuffix(A) for key in tensors if key.endswith(A)))
-    architecture = facts.get("architecture")
+    said = {key: value for key, value in facts.items() if isinstance(value, str)}
     return LoraFile(
         tensors,
-        facts.get("base") or header.get("ss_base_model_version"),
-        architecture if architecture in FAMILY else None,
+        said.get("base") or header.get("ss_base_model_version"),
+        said["architecture"] if said.get("architecture") in FAMILY else None,
         tensors[targets[0] + A].shape[0],
         targets,
         family,
-        facts.get("prompt_template"),
-        facts.get("trigger"),
+        said.get("prompt_template"),
+        said.get("trigger"),
         path.name,
     )
 
 
 def apply_lora(target: Any, file: LoraFile | str | Path, strength: float = 1.0) -> None:
-    """Puts the LoRA on a diffusers pipeline or transformer, through PEFT; one that was applied before is removed.
+    """Puts the LoRA on a diffusers pipeline or transformer, through PEFT, beside those that were applied before.
 
     Raises TriptychError when it belongs to another model.
     """
     file = file if isinstance(file, LoraFile) else read_lora(file)
     transformer = getattr(target, "transformer", target)
     check_fits(file, transformer)
+    strengths = dict(getattr(transformer, _STRENGTHS, {}))
+    name = f"triptych_{len(strengths)}"
+    dtype = transformer.dtype if transformer.dtype.is_floating_point else torch.float32
+    state = {f"transformer.{key}": tensor.to(dtype) for key, tensor in file.tensors.items()}
+    pipeline = None if transformer is target else target
+    transformer.load_lora_adapter(state, prefix="transformer", adapter_name=name, _pipeline=pipeline)
+    strengths[name] = strength
+    setattr(transformer, _STRENGTHS, strengths)
+    transformer.set_adapters(list(strengths), list(strengths.values()))
+
+
+def remove_loras(target: Any) -> None:
+    """Takes all applied LoRAs off a diffusers pipeline or transformer again; its weights are as they were."""
+    transformer = getattr(target, "transformer", target)
     if getattr(transformer, "peft_config", None):
         transformer.unload_lora()
-    state = {f"transformer.{key}": tensor for key, tensor in file.tensors.items()}
-    pipeline = None if transformer is target else target
-    transformer.load_lora_adapter(state, prefix="transformer", adapter_name=ADAPTER, _pipeline=pipeline)
-    transformer.set_adapters(ADAPTER, strength)
+    setattr(transformer, _STRENGTHS, {})
 
 
 @torch.no_grad()

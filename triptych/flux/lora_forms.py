@@ -1,8 +1,8 @@
 """The forms that LoRA files for Flux come in, brought to diffusers names.
 
 diffusers (``transformer.``), PEFT (``base_model.model.``), native (``diffusion_model.``), and kohya's underscores
-(``lora_unet_``) with native or diffusers names; alpha as a tensor, in the header or in PEFT's adapter_config.json. Every
-key has to mean something. Not covered: LoKr, LoHa, DoRA, biases, text encoders.
+(``lora_unet_``) with native or diffusers names; alpha as a tensor, in the header or in PEFT's adapter_config.json.
+Every key has to mean something. Not covered: LoKr, LoHa, DoRA, biases, text encoders.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TriptychError
@@ -35,59 +36,75 @@ Resolved = tuple[str, frozenset[str], bool]  # a module's dotted name, the famil
 def normalised(
     state: Mapping[str, Tensor], header: Mapping[str, str], path: Path
 ) -> tuple[dict[str, Tensor], str | None]:
-    """A file's tensors -> ``<module>.lora_A.weight`` and ``.lora_B.weight`` in diffusers names, float32, scale included,
-    all of the largest rank; and the family, None when the modules are in both.
+    """A file's tensors -> ``<module>.lora_A.weight`` and ``.lora_B.weight`` in diffusers names, float32, with the scale
+    in them and all of the largest rank; and the family, None when the modules are in both.
 
     header: the file's metadata. path: of the file, for its name and for PEFT's configuration beside it.
     Raises TriptychError when the file is damaged, is no LoRA, or holds a key that means nothing for Flux.
     """
     found, alphas = pairs(state, path.name)
-    scales = _scales(found, alphas, header, path)
+    try:
+        scales = _scales(found, alphas, header, path)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise TriptychError(f"the configuration of {path.name} is damaged ({error}): fetch it again") from error
     resolved = {name: _resolve(bare(name), path.name) for name in found}
     family = _family(found, resolved, path.name)
     scaled = {name: (down, up.float() * scales[name]) for name, (down, up) in found.items()}
-    tensors = _in_diffusers_names(scaled, resolved, family or "flux2")
+    tensors = _in_diffusers_names(scaled, resolved, family or "flux2", path.name)
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise TriptychError(f"{path.name} holds numbers that are not finite, in {broken[0]}: fetch it again")
     rank = max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith(A))
     return {key: _filled(key, tensor, rank) for key, tensor in tensors.items()}, family
 
 
-def pairs(state: Mapping[str, Tensor], label: str) -> tuple[dict[str, Pair], dict[str, float]]:
-    """Module as the file names it -> its two matrices; and -> its alpha, where a tensor says so."""
+def check_keys(keys: Iterable[str], label: str) -> None:
+    """Raises TriptychError for adapters of other kinds, and for keys that are no part of a LoRA."""
+    keys = list(keys)
     for mark, kind in _OTHER_KINDS.items():
-        if any(mark in key for key in state):
+        if any(mark in key for key in keys):
             raise TriptychError(f"{label} is a {kind} adapter, which is not supported: use a LoRA")
-    halves: dict[str, dict[str, Tensor]] = {}
-    alphas: dict[str, float] = {}
-    unknown = []
-    for key, tensor in state.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
-            unknown.append(key)
-        elif found[4]:
-            alphas[found[1]] = float(tensor)
-        else:
-            halves.setdefault(found[1], {})[found[2] or {"down": "A", "up": "B"}[found[3]]] = tensor
-    unknown += [f"{name}.alpha" for name in alphas if name not in halves]
+    unknown = [key for key in keys if not _KEY.fullmatch(key)]
     if unknown:
         raise _unknown(unknown, label)
+
+
+def pairs(state: Mapping[str, Tensor], label: str) -> tuple[dict[str, Pair], dict[str, float]]:
+    """Module as the file names it -> its two matrices; and -> its alpha, where a tensor says so."""
+    check_keys(state, label)
+    halves: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name, peft, kohya, alpha = _KEY.fullmatch(key).groups()  # type: ignore[union-attr]
+        if alpha:
+            alphas[name] = tensor
+        else:
+            halves.setdefault(name, {})[peft or {"down": "A", "up": "B"}[kohya]] = tensor
+    lonely = [f"{name}.alpha" for name, alpha in alphas.items() if name not in halves or alpha.numel() != 1]
+    if lonely:
+        raise _unknown(lonely, label)
     for name, pair in halves.items():
-        if len(pair) != 2 or any(t.ndim != 2 for t in pair.values()) or pair["A"].shape[0] != pair["B"].shape[1]:
+        if len(pair) != 2 or not _is_pair(pair["A"], pair["B"]):
             raise TriptychError(f"{label} is damaged: the two matrices of {name} do not fit each other: fetch it again")
     if not halves:
         raise TriptychError(f"{label} holds no LoRA: choose another file")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, alphas
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, {n: float(t) for n, t in alphas.items()}
+
+
+def _is_pair(down: Tensor, up: Tensor) -> bool:
+    return down.ndim == up.ndim == 2 and 0 < down.shape[0] == up.shape[1]
 
 
 def _unknown(keys: list[str], label: str) -> TriptychError:
     text = [key for key in keys if key.startswith(("lora_te", "text_encoder"))]
-    shown = ", ".join(sorted(text or keys)[:3])
+    shown = ", ".join(sorted(text or keys)[:3]) + (" ..." if len(text or keys) > 3 else "")
     if text:
         return TriptychError(
             f"{label} also changes a text encoder ({shown}), which is not supported: choose another LoRA"
         )
     return TriptychError(
-        f"{label} has {len(keys)} keys that mean nothing for FLUX.1 or FLUX.2, such as {shown}: nothing was loaded; "
-        "choose a LoRA of a Flux transformer"
+        f"{label} has keys without meaning for FLUX.1 and FLUX.2 ({len(keys)}: {shown}): nothing was loaded; choose a "
+        "LoRA of a Flux transformer"
     )
 
 
@@ -158,7 +175,9 @@ def _families_by_shape(native: str, down: Tensor, up: Tensor) -> frozenset[str]:
     return frozenset(family for family, ratio in (("flux1", first), ("flux2", second)) if large == ratio * small)
 
 
-def _in_diffusers_names(pairs: Mapping[str, Pair], resolved: Mapping[str, Resolved], family: str) -> dict[str, Tensor]:
+def _in_diffusers_names(
+    pairs: Mapping[str, Pair], resolved: Mapping[str, Resolved], family: str, label: str
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         module, _, native = resolved[name]
@@ -169,6 +188,8 @@ def _in_diffusers_names(pairs: Mapping[str, Pair], resolved: Mapping[str, Resolv
             swapped = piece is not None and piece.swapped
             parts = zip(modules, (swap_halves(up),) if swapped else split_rows(up, len(modules)), strict=True)
         for part, rows in parts:
+            if part + A in tensors:
+                raise TriptychError(f"{label} changes {part} twice, under different names: choose another LoRA")
             tensors[part + A] = down.float()
             tensors[part + B] = rows.contiguous()
     return tensors

@@ -49,8 +49,8 @@ def native_plan(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
         pieces[native] = piece
     if strange:
         raise TriptychError(
-            f"{len(strange)} tensors do not belong to a {FAMILIES[family]} transformer, such as "
-            f"{', '.join(strange[:3])}: export the model that diffusers saved"
+            f"these tensors ({len(strange)}) do not belong to a {FAMILIES[family]} transformer: "
+            f"{', '.join(strange[:3])}; export the model that diffusers saved"
         )
     lacking = [native for native, parts in found.items() if len(parts) != pieces[native].parts]
     if lacking:
@@ -81,7 +81,7 @@ def from_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in bare.items():
         native, _, leaf = key.rpartition(".")
         modules = modules_of(native, family)
-        if not modules:
+        if not modules or leaf not in ("weight", "bias", "scale"):
             strange.append(key)
             continue
         swapped = _swapped(modules[0], family)
@@ -90,8 +90,8 @@ def from_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made |= {f"{module}.{leaf}": part for module, part in zip(modules, parts, strict=True)}
     if strange:
         raise TriptychError(
-            f"{len(strange)} tensors do not belong to a native {FAMILIES[family]} transformer, such as "
-            f"{', '.join(strange[:3])}: quantised files are not read here"
+            f"these tensors ({len(strange)}) do not belong to a native {FAMILIES[family]} transformer: "
+            f"{', '.join(strange[:3])}; quantised files are not read here"
         )
     return made
 
@@ -193,7 +193,9 @@ def export_native(source: str | Path, target: str | Path, *, dtype: str | None =
             facts = {"format": "pt", "modelspec.architecture": FAMILIES[family_of(owner)]}
             slices = {native: [owner[key].get_slice(key) for key in keys] for native, (keys, _) in plan.items()}
             shapes = {native: _shape([part.get_shape() for part in parts]) for native, parts in slices.items()}
-            kinds = {native: _kind(native, parts[0].get_dtype(), dtype) for native, parts in slices.items()}
+            kinds = {
+                native: _kind(native, {part.get_dtype() for part in parts}, dtype) for native, parts in slices.items()
+            }
             _write_safetensors(target, shapes, kinds, facts, (tensor(native) for native in plan))
         except SafetensorError as error:
             raise TriptychError(f"the weights in {source} are damaged ({error}): fetch the model again") from error
@@ -223,12 +225,15 @@ def _shape(shapes: list[list[int]]) -> list[int]:
     return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
 
 
-def _kind(native: str, stored: str, wanted: str | None) -> torch.dtype:
+def _kind(native: str, stored: set[str], wanted: str | None) -> torch.dtype:
     """The dtype to write. Raises TriptychError for numbers that mean something only with their scales."""
-    kind = next((kind for kind, name in _NAMES.items() if name == stored), None)
-    if kind is None:
-        raise TriptychError(f"{native} is stored as {stored}: export the model before it is quantised")
-    return DTYPES[wanted] if wanted else kind
+    kinds = [kind for kind, name in _NAMES.items() if name in stored]
+    if len(kinds) != len(stored):
+        raise TriptychError(
+            f"{native} is stored as {', '.join(sorted(stored))}: export the model before it is quantised, in one of "
+            f"{', '.join(DTYPES)}"
+        )
+    return DTYPES[wanted] if wanted else max(kinds, key=lambda kind: kind.itemsize)
 
 
 def _write_safetensors(

@@ -11,6 +11,7 @@ Not covered: objects of the key's own colour, shadows, glass.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ BODY_SHARE = 0.15  # of the largest part; two such parts far apart are two bodie
 BODY_GAP = 0.06  # of the panel's side
 HEIGHT_DISAGREEMENT = 0.15
 _KEYED = 0.5  # share of the key above which a pixel is background
+_UNKEYED = 0.1
 _HOLE_SHARE = 0.004  # of the silhouette; a look through the object is larger than that, and shows the pure key
 _PURE = 0.8
 _EDGE_SHARE = 0.025  # of the panel's side: how far a blurred edge reaches
@@ -68,6 +70,20 @@ def check_views(views: Mapping[str, np.ndarray], names: Iterable[str] = VIEW_NAM
     return complaints
 
 
+def grouped(complaints: Iterable[str]) -> list[str]:
+    """Sentences of `check_views`, where those that say the same of several panels become one."""
+    panels: dict[str, list[str]] = {}
+    for complaint in complaints:
+        found = re.match(r"the (\w+) panel(: .*| is empty)$", complaint)
+        panels.setdefault(found[2] if found else complaint, []).extend([found[1]] if found else [])
+    sentences = []
+    for what, names in panels.items():
+        listed = ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+        many = f"the {listed} panels{what.replace(' is empty', ' are empty')}"
+        sentences.append(what if not names else many if len(names) > 1 else f"the {listed} panel{what}")
+    return sentences
+
+
 def check_panel(rgba: np.ndarray, label: str = "the panel") -> list[str]:
     """Whether a cut-out view (S, S, 4) is empty, cut off at the border, or not one object: sentences, none is well."""
     if is_empty(rgba):
@@ -76,7 +92,8 @@ def check_panel(rgba: np.ndarray, label: str = "the panel") -> list[str]:
     rims = {"left": alpha[:, 0], "top": alpha[0], "right": alpha[:, -1], "bottom": alpha[-1]}
     cut = [side for side, rim in rims.items() if (rim > 0.5).any()]
     if cut:
-        complaints.append(f"{label}: the object touches the {' and '.join(cut)} border, so it is cut off")
+        where = "border all around" if len(cut) == 4 else f"{' and '.join(cut)} border"
+        complaints.append(f"{label}: the object touches the {where}, so it is cut off")
     bodies = _far_apart_bodies(alpha)
     if bodies > 1:
         complaints.append(f"{label}: not one object but {bodies} that lie apart")
@@ -126,6 +143,16 @@ def key_share(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.minimum(excess / (key[high].min() - key[~high].max()), 1)
 
 
+def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
+    """The share of an object, (..., 4) straight alpha, that has the key's own colour and would be taken for background;
+    0 for backgrounds that are no key."""
+    key = np.asarray(background, dtype=np.float32)
+    solid = rgba[..., 3] > 0.9
+    if not _is_saturated(key) or not solid.any():
+        return 0.0
+    return float((key_share(rgba[..., :3][solid], key) > _KEYED).mean())
+
+
 def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     share = key_share(rgb, key)
     outside = _background_region(share)
@@ -133,13 +160,10 @@ def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
         return np.zeros((*rgb.shape[:2], 4), dtype=np.float32)
     edge_px = max(2.0, _EDGE_SHARE * len(rgb))
     depth = ndimage.distance_transform_edt(np.pad(~outside, 1, constant_values=True))[1:-1, 1:-1]
-    rows, columns = _nearest(depth > edge_px)
-    gap = np.hypot(rows - np.arange(len(rgb))[:, None], columns - np.arange(rgb.shape[1])[None])
-    # thin parts have no inside to ask: what is least keyed near them is the best guess
-    least_share, least_colour = _least_keyed(rgb, share, round(edge_px))
-    has_inside = gap <= 2 * edge_px
-    own_share = np.minimum(np.where(has_inside, share[rows, columns], least_share), _KEYED)
-    colour = np.where(has_inside[..., None], rgb[rows, columns], least_colour)
+    # What is deep inside shows the object's own colour; of thin parts, what is hardly keyed and least of all around.
+    least = (share < _UNKEYED) & (share <= ndimage.minimum_filter(share, 5) + 0.02)
+    rows, columns = _nearest(~outside & ((depth > edge_px) | least), share)
+    own_share, colour = np.minimum(share[rows, columns], _KEYED), rgb[rows, columns]
 
     near = depth <= edge_px
     beyond = ndimage.distance_transform_edt(outside)
@@ -170,26 +194,12 @@ def _background_region(share: np.ndarray) -> np.ndarray:
     return outside
 
 
-def _nearest(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the nearest pixel in the mask; far away where it is empty."""
+def _nearest(mask: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of the nearest pixel in the mask, (H, W) each; of the least keyed one when the mask is empty."""
     if not mask.any():
-        far = np.full(mask.shape, -1)
-        return far, far
+        mask = share == share.min()
     rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     return rows, columns
-
-
-def _least_keyed(rgb: np.ndarray, share: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share and colour of the least keyed pixel within ``reach`` pixels, (H, W) and (H, W, 3)."""
-    best, colour = share.copy(), rgb.copy()
-    for axis in (0, 1):
-        best_before, colour_before = best.copy(), colour.copy()
-        for shift in range(-reach, reach + 1):
-            at = np.clip(np.arange(share.shape[axis]) + shift, 0, share.shape[axis] - 1)
-            moved, moved_colour = np.take(best_before, at, axis), np.take(colour_before, at, axis)
-            better = moved < best
-            best[better], colour[better] = moved[better], moved_colour[better]
-    return best, colour
 
 
 def _despill(

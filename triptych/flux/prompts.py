@@ -21,7 +21,7 @@ from ..geometry.cameras import VIEW_NAMES
 if TYPE_CHECKING:
     from .card import ViewsCard
 
-TEMPLATE_TOKENS = 48  # what the chat frame of the text encoder and the template's own words may take
+FRAME_TOKENS = 20  # what a text encoder's chat frame takes at most
 _NAMED = 8  # unknown words that one sentence names
 _JOINERS = "\u200c\u200d"  # invisible, but they hold emoji and letters of some scripts together
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -53,7 +53,8 @@ def check_prompt(
     vocabulary = card.vocabulary or ()
     warnings: list[str] = []
     count = count_tokens or (lambda part: estimate_tokens(part, vocabulary))
-    cut = _longest_prefix(clean, count, max(1, card.max_sequence_length - TEMPLATE_TOKENS))
+    template = count(fill_template(card, "", VIEW_NAMES[:3]))
+    cut = _longest_prefix(clean, count, max(1, card.max_sequence_length - template - FRAME_TOKENS))
     if len(cut) < len(clean):
         used = f"the first {len(cut.split()):,} of its {len(clean.split()):,} words"
         if " " not in cut:
@@ -164,7 +165,7 @@ def _listed(words: list[str]) -> str:
 
 
 def _close(word: str, names: list[str]) -> list[str]:
-    return get_close_matches(word.lower(), names, n=1, cutoff=0.8) if len(word) <= 40 else []
+    return get_close_matches(word.lower(), names, n=1, cutoff=0.75) if len(word) <= 40 else []
 
 
 def _is_foreign(word: str) -> bool:

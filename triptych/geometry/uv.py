@@ -10,7 +10,8 @@ utilisation. A lower chart cost makes no difference in time; the default of 2 ke
 xatlas picks its own scale and overshoots the resolution it is asked for (by 25 % on a thousand charts), which would
 shrink the gutter between charts by as much: the padding is asked for with that reserve, and the report states the
 gutter that came out. xatlas also keeps Python's lock from its start to its end, which would stop every other thread, a
-server's answers and its cancel button among them: off the main thread it runs in a process of its own.
+server's answers and its cancel button among them: off the main thread, and where the caller may cancel, it runs in a
+process of its own, which a cancel ends at once.
 
 Not covered: keeping artists' seams, symmetric layouts, several texture pages.
 """
@@ -22,6 +23,7 @@ import io
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +34,7 @@ from .mesh import Mesh
 TEXTURE_SIZE_RANGE = (64, 8192)  # texels
 MAX_UNWRAP_FACES = 1_000_000  # about a minute; beyond that decimate first
 _APART_FACES = 2000  # fewer take less time than starting a process
+_POLL_S = 0.05
 _SIZE_RESERVE = 1.3  # xatlas's overshoot over the resolution it is asked for
 
 
@@ -54,17 +57,20 @@ def check_texture_size(texture_size: int) -> int:
     return int(texture_size)
 
 
-def unwrap(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3) -> Mesh:
+def unwrap(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3, cancel: Callable[[], bool] | None = None) -> Mesh:
     """``mesh`` with a fresh one-to-one UV layout in [0, 1]^2, in ``uv`` (T, 2) float32 and ``uv_faces`` (F, 3) int64.
 
     texture_size: side in texels, 64-8192, that the gutter is meant for. padding: gutter between charts in texels.
     Geometry, colours and materials are kept. Raises TriptychError for an empty mesh, non-finite vertices, indices
-    out of range, more than a million faces, or when no face has an area.
+    out of range, more than a million faces, or when no face has an area. cancel() is asked while xatlas works; when it
+    returns True, ``sampling.flow_euler.Cancelled`` is raised.
     """
-    return unwrap_with_report(mesh, texture_size=texture_size, padding=padding)[0]
+    return unwrap_with_report(mesh, texture_size=texture_size, padding=padding, cancel=cancel)[0]
 
 
-def unwrap_with_report(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3) -> tuple[Mesh, UnwrapReport]:
+def unwrap_with_report(
+    mesh: Mesh, *, texture_size: int = 1024, padding: int = 3, cancel: Callable[[], bool] | None = None
+) -> tuple[Mesh, UnwrapReport]:
     """As ``unwrap``, with the numbers."""
     check_texture_size(texture_size)
     if not 0 <= padding <= 64:
@@ -75,9 +81,10 @@ def unwrap_with_report(mesh: Mesh, *, texture_size: int = 1024, padding: int = 3
     low, extent = vertices.min(axis=0), np.ptp(vertices, axis=0).max()
     unit_vertices = np.ascontiguousarray((vertices - low) / extent, dtype=np.float32)
     pack_padding = int(np.ceil(padding * _SIZE_RESERVE))
-    is_apart = len(mesh.faces) >= _APART_FACES and threading.current_thread() is not threading.main_thread()
-    generate = _generate_apart if is_apart else generate_atlas
-    atlas = generate(unit_vertices, mesh.faces.astype(np.uint32), texture_size, pack_padding)
+    needs_process = cancel is not None or threading.current_thread() is not threading.main_thread()
+    given = (unit_vertices, mesh.faces.astype(np.uint32), texture_size, pack_padding)
+    is_apart = needs_process and len(mesh.faces) >= _APART_FACES
+    atlas = _generate_apart(*given, cancel) if is_apart else generate_atlas(*given)
     pages, charts, width, height = atlas["sizes"].tolist()
     if pages != 1 or width == 0 or height == 0:
         raise TriptychError(
@@ -117,8 +124,10 @@ def generate_atlas(vertices: np.ndarray, faces: np.ndarray, texture_size: int, p
     return {"uv_faces": uv_faces, "uv": uv, "sizes": sizes}
 
 
-def _generate_apart(vertices: np.ndarray, faces: np.ndarray, texture_size: int, padding: int) -> dict[str, np.ndarray]:
-    """``generate_atlas`` in a process of its own, or here where none can be started."""
+def _generate_apart(
+    vertices: np.ndarray, faces: np.ndarray, texture_size: int, padding: int, cancel: Callable[[], bool] | None = None
+) -> dict[str, np.ndarray]:
+    """``generate_atlas`` in a process of its own, or here where none can be started. Raises Cancelled."""
     stream = io.BytesIO()
     np.savez(stream, vertices=vertices, faces=faces, numbers=np.array([texture_size, padding]))
     # The function's own text is enough there: the child imports neither the package nor torch.
@@ -130,11 +139,32 @@ def _generate_apart(vertices: np.ndarray, faces: np.ndarray, texture_size: int, 
         "sys.stdout.buffer.write(out.getvalue())\n"
     )
     try:
-        done = subprocess.run([sys.executable, "-c", code], input=stream.getvalue(), capture_output=True, check=True)
+        output = _run_until(code, stream.getvalue(), cancel)
     except (OSError, subprocess.CalledProcessError):
         return generate_atlas(vertices, faces, texture_size, padding)
-    with np.load(io.BytesIO(done.stdout)) as made:
+    with np.load(io.BytesIO(output)) as made:
         return {name: made[name] for name in made.files}
+
+
+def _run_until(code: str, given: bytes, cancel: Callable[[], bool] | None) -> bytes:
+    """What a Python process makes of ``given``; it is ended when cancel() says so, and Cancelled raised."""
+    from ..sampling.flow_euler import Cancelled  # brings torch, which meshes alone do not need
+
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
+        pending: bytes | None = given
+        while True:
+            try:
+                output, _ = process.communicate(pending, timeout=_POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                pending = None  # what was not taken yet is kept by the process object
+                if cancel is not None and cancel():
+                    process.kill()
+                    raise Cancelled("stopped while unwrapping the mesh") from None
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, sys.executable)
+    return output
 
 
 def _check_mesh(mesh: Mesh) -> None:

@@ -169,7 +169,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise TriptychError(
             "the image encoder needs the package transformers (4.56 or later), which is not installed: "
-            "pip install 'triptych[models]'"
+            "pip install transformers"
         ) from error
     return transformers
 

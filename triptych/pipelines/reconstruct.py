@@ -45,6 +45,7 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_RESCALE = 4, 0.0, 3.0
 POSES = ((0, False), (0, True), (2, False), (2, True), (1, False), (1, True), (3, False), (3, True))  # turns, mirrored
 
 Progress = Callable[[str, float], None]
+Preview = Callable[[np.ndarray], None]
 Cancel = Callable[[], bool]
 
 
@@ -53,8 +54,9 @@ class Settings:
     """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0
     for vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away
     what projects outside of a view. second_stage: refine the field with the bundle's second stage; None does where it
-    has one. ensemble: how many poses of the object (turned by quarters, mirrored; 1-8) are
-    reconstructed together and averaged: the network is not exactly symmetric, and what it is sure of stays."""
+    has one. slat_steps, slat_guidance: of that stage's flow; None takes the bundle's own. ensemble: how many poses of
+    the object (turned by quarters, mirrored; 1-8) are reconstructed together and averaged: the network is not exactly
+    symmetric, and what it is sure of stays."""
 
     seed: int = 0
     steps: int | None = None
@@ -64,6 +66,8 @@ class Settings:
     keep_silhouettes: bool = True
     ensemble: int = 4
     second_stage: bool | None = None
+    slat_steps: int | None = None
+    slat_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,31 +89,33 @@ def mesh_from_views(
     *,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    preview: Preview | None = None,
     cancel: Cancel | None = None,
 ) -> Reconstruction:
     """Reconstructs the object that ``views`` (1-4, prepared) show.
 
-    progress(stage, fraction) is called with the share of the whole that is done, 0-1. cancel() is asked between steps;
-    Cancelled is raised when it returns True. Raises TriptychError when nothing solid is found and for settings out of
-    range.
+    progress(stage, fraction) is called with the share of the whole that is done, 0-1. preview(field) is called after
+    every step of the first stage with the solid it heads for, as ``structure_from_views`` says. cancel() is asked
+    between steps, and while colours are baked; Cancelled is raised when it returns True. Raises TriptychError when
+    nothing solid is found and for settings out of range.
     """
     settings = _resolved(settings or Settings(), bundle)
     clock = _Clock(progress or (lambda stage, fraction: None), cancel or (lambda: False))
     with clock.stage("structure", 0.0, 0.45):
-        field = structure_from_views(views, bundle, settings, device=device, step=clock.step, cancel=cancel)
+        field, hull = _structure(views, bundle, settings, device, clock.step, preview, cancel)
     if settings.second_stage:
         with clock.stage("latents", 0.45, 0.6):
             latents = latents_of(views, field, bundle, settings, device=device, step=clock.step, cancel=cancel)
         with clock.stage("surface", 0.6, 0.75):
-            masks = _resize(views.images, HULL_SIZE)[:, 3] if settings.keep_silhouettes else None
-            hull = None if masks is None else hull_field(masks, views.cameras, len(field))
             mesh = surface_from_latents(latents, field, bundle, settings.target_faces, hull)
     else:
         with clock.stage("surface", 0.45, 0.6):
             mesh = surface_from_field(field, settings.target_faces)
     with clock.stage("texture", 0.75 if settings.second_stage else 0.6, 1.0):
         fill: Fill = "diffuse" if mesh.colors is None else "colors"
-        mesh = colour_from_views(mesh, views, texture_size=settings.texture_size, fill=fill)
+        mesh = colour_from_views(
+            mesh, views, texture_size=settings.texture_size, fill=fill, progress=clock.step, cancel=cancel
+        )
     return Reconstruction(mesh, field, clock.seconds, views.warnings, settings)
 
 
@@ -120,13 +126,27 @@ def structure_from_views(
     *,
     device: torch.device | str = "cpu",
     step: Callable[[float], None] | None = None,
+    preview: Preview | None = None,
     cancel: Cancel | None = None,
 ) -> np.ndarray:
     """The solid as (R, R, R) float32, about the signed distance in voxels near the surface, positive inside.
 
-    step(fraction) is called after each sampling step.
+    step(fraction) is called after each sampling step. So is preview(field), with what the step foresees: (R, R, R)
+    float32, positive inside, before outlines, averaging and smoothing.
     """
-    settings = _resolved(settings, bundle)
+    return _structure(views, bundle, _resolved(settings, bundle), device, step, preview, cancel)[0]
+
+
+def _structure(
+    views: ViewSet,
+    bundle: Bundle,
+    settings: Settings,
+    device: torch.device | str,
+    step: Callable[[float], None] | None,
+    preview: Preview | None,
+    cancel: Cancel | None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """``structure_from_views``'s field, and what the outlines allow of it, which is None where they are not kept."""
     flow, decoder = networks(bundle)
     flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
@@ -136,6 +156,13 @@ def structure_from_views(
     noise = torch.randn(shape, generator=generator).to(device)
     low_precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=_has_fast_bfloat16(device))
     steps, guidance = settings.steps or DEFAULT_STEPS, settings.guidance or 0.0
+
+    def after_step(done: int, total: int, foreseen: torch.Tensor) -> None:
+        if step is not None:
+            step(done / total)
+        if preview is not None:  # the first pose is the object's own
+            preview(decoder(flow.denormalize(foreseen[:1]))[0, 0].float().cpu().numpy())
+
     with torch.inference_mode(), low_precision:
         cond = flow.condition(posed)
         latent = flow_euler_sample(
@@ -147,14 +174,16 @@ def structure_from_views(
             rescale_t=_number(bundle, "rescale_t", DEFAULT_RESCALE),
             cond=cond,
             neg_cond=cond.null() if guidance else None,
-            callback=(lambda done, total, _: step(done / total)) if step else None,
+            callback=after_step,
             cancel=cancel,
         ).samples
         parts = [decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]
         fields = torch.cat(parts).cpu().numpy()
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
-    masks = _resize(views.images, HULL_SIZE)[:, 3] if settings.keep_silhouettes else None
-    return settled_field(np.mean(upright, axis=0), bundle, masks, views.cameras)
+    field, hull = np.mean(upright, axis=0), None
+    if settings.keep_silhouettes:
+        hull = _allowed(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field))
+    return _settled(field, bundle, hull), hull
 
 
 def settled_field(
@@ -165,18 +194,25 @@ def settled_field(
     masks (V, S, S): the views' alpha, by which it is cut; None leaves it whole. Raises TriptychError for views that
     contradict each other.
     """
+    return _settled(field, bundle, None if masks is None else _allowed(masks, cameras, len(field)))
+
+
+def _allowed(masks: torch.Tensor, cameras: Sequence[Camera], resolution: int) -> np.ndarray:
+    """What the outlines (V, S, S) leave: a signed field (R, R, R) in voxels. Raises TriptychError for nothing."""
+    allowed = hull_field(masks, cameras, resolution)
+    if not (allowed > 0).any():
+        raise TriptychError(
+            "the outlines contradict each other, no point lies inside all of them: check which view is which side"
+        )
+    return allowed
+
+
+def _settled(field: np.ndarray, bundle: Bundle, allowed: np.ndarray | None) -> np.ndarray:
     # Blocks are predicted side by side: a little smoothing closes the steps between them. The mean of what is possible
     # shrinks what is thin, so the surface is taken below zero. Both were chosen on validation objects.
     field = field * _number(bundle, "voxels_per_unit", 1.0)
     field = ndimage.gaussian_filter(field, _number(bundle, "smoothing_voxels", 0.0)) - _number(bundle, "level", 0.0)
-    if masks is not None:
-        allowed = hull_field(masks, cameras, len(field))
-        if not (allowed > 0).any():
-            raise TriptychError(
-                "the outlines contradict each other, no point lies inside all of them: check which view is which side"
-            )
-        field = np.minimum(field, allowed)
-    return field.astype(np.float32)
+    return (field if allowed is None else np.minimum(field, allowed)).astype(np.float32)
 
 
 def networks(bundle: Bundle) -> tuple[LiftedStructureFlow, torch.nn.Module]:
@@ -222,8 +258,10 @@ def latents_of(
 ) -> SparseTensor:
     """The second stage's latents for the views and the first stage's ``field`` (R, R, R).
 
-    Raises TriptychError for a bundle without a second stage for posed views.
+    step(fraction) is called after each sampling step. Raises TriptychError for a bundle without a second stage for
+    posed views.
     """
+    settings = _resolved(settings, bundle)
     flow = bundle.network("slat_flow")
     if not isinstance(flow, LiftedSLatFlow):
         raise TriptychError(
@@ -241,8 +279,8 @@ def latents_of(
             flow,
             band=_number(bundle, "active_band", 1.0),
             seed=settings.seed,
-            steps=int(_number(bundle, "slat_steps", 1)),
-            guidance=_number(bundle, "slat_guidance", 0.0),
+            steps=settings.slat_steps or 1,
+            guidance=settings.slat_guidance or 0.0,
             rescale_t=_number(bundle, "slat_rescale_t", 3.0),
             step=step,
             cancel=cancel,
@@ -305,20 +343,38 @@ def _resize(rgba: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _resolved(settings: Settings, bundle: Bundle) -> Settings:
-    steps = int(_number(bundle, "steps", DEFAULT_STEPS)) if settings.steps is None else settings.steps
-    guidance = _number(bundle, "guidance", DEFAULT_GUIDANCE) if settings.guidance is None else settings.guidance
-    if not 1 <= steps <= 1000:
-        raise TriptychError(f"steps must be 1-1000, got {steps}")
-    if not 0 <= guidance <= 100:
-        raise TriptychError(f"guidance must be 0-100, got {guidance}")
+    """The settings with nothing left open. Raises TriptychError for one out of range."""
+    refines = has_second_stage(bundle) if settings.second_stage is None else settings.second_stage
+    if refines and not has_second_stage(bundle):
+        raise TriptychError(f"the bundle {bundle.name} has no second stage: choose another bundle, or leave it out")
+    steps, guidance = _flow_settings(bundle, settings.steps, settings.guidance, "", DEFAULT_STEPS, DEFAULT_GUIDANCE)
+    slat_steps, slat_guidance = _flow_settings(bundle, settings.slat_steps, settings.slat_guidance, "slat_", 1, 0.0)
     if not 1 <= settings.ensemble <= len(POSES):
         raise TriptychError(f"the ensemble must be 1-{len(POSES)} poses, got {settings.ensemble}")
     if settings.target_faces and settings.target_faces < 100:
         raise TriptychError(f"the target number of faces must be 0 (all) or at least 100, got {settings.target_faces}")
-    refines = has_second_stage(bundle) if settings.second_stage is None else settings.second_stage
-    if refines and not has_second_stage(bundle):
-        raise TriptychError(f"the bundle {bundle.name} has no second stage: choose another bundle, or leave it out")
-    return replace(settings, steps=steps, guidance=guidance, second_stage=refines)
+    return replace(
+        settings,
+        steps=steps,
+        guidance=guidance,
+        second_stage=refines,
+        slat_steps=slat_steps,
+        slat_guidance=slat_guidance,
+    )
+
+
+def _flow_settings(
+    bundle: Bundle, steps: int | None, guidance: float | None, prefix: str, own_steps: int, own_guidance: float
+) -> tuple[int, float]:
+    """Steps and guidance of a flow: as given, else the bundle's, else ours. Raises TriptychError out of range."""
+    steps = int(_number(bundle, f"{prefix}steps", own_steps)) if steps is None else steps
+    guidance = _number(bundle, f"{prefix}guidance", own_guidance) if guidance is None else guidance
+    which = "the second stage's " if prefix else ""
+    if not 1 <= steps <= 1000:
+        raise TriptychError(f"{which}steps must be 1-1000, got {steps}")
+    if not 0 <= guidance <= 100:
+        raise TriptychError(f"{which}guidance must be 0-100, got {guidance}")
+    return steps, guidance
 
 
 def _number(bundle: Bundle, key: str, default: float) -> float:

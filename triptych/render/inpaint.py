@@ -11,6 +11,8 @@ Not covered: texture synthesis. A large unseen area becomes smooth, without deta
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix, diags
@@ -119,17 +121,22 @@ def _graph(vertices: np.ndarray, faces: np.ndarray):
     return (diags(np.asarray(adjacency.sum(axis=1)).ravel()) - adjacency).tocsr(), parts
 
 
-def dilate(image: torch.Tensor, covered: torch.Tensor, *, ring: int = 6) -> torch.Tensor:
+def dilate(
+    image: torch.Tensor, covered: torch.Tensor, *, ring: int = 6, step: Callable[[float], None] | None = None
+) -> torch.Tensor:
     """Fill every texel outside the charts, so that bilinear sampling and mip-mapping show no seams.
 
     image (H, W, C) float, covered (H, W) bool. ``ring`` texels around the charts continue their edge colours; the rest
     is filled from coarser and coarser averages. An image without a covered texel comes back unchanged.
+    step(share) is called before each texel of the ring, and may raise to stop.
     """
     if bool(covered.all()) or not bool(covered.any()):
         return image
     mask = covered[None, None].to(image.dtype)
     values = torch.where(covered[..., None], image, 0.0).permute(2, 0, 1)[None].contiguous()
-    for _ in range(ring):
+    for done in range(ring):
+        if step is not None:
+            step(done / ring)
         grown, share = functional.avg_pool2d(values, 3, 1, 1), functional.avg_pool2d(mask, 3, 1, 1)
         new = (mask == 0) & (share > 0)
         values = torch.where(new, grown / share.clamp_min(1e-12), values)

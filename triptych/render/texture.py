@@ -11,6 +11,9 @@ How one surface point gets its colour
 - Points that no view shows well take a colour diffused over the surface (``inpaint``), in sRGB.
 
 The views' shading stays in the colours: nothing here separates light from material. Everything runs on the CPU.
+
+progress(fraction), everywhere, is called with the share that is done, 0-1; cancel() is asked after every view and
+chunk of points, and while a mesh is unwrapped; when it returns True, ``sampling.flow_euler.Cancelled`` is raised.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from ..errors import TriptychError
 from ..geometry.cameras import Camera
 from ..geometry.mesh import Material, Mesh
 from ..geometry.uv import check_texture_size, unwrap
+from .course import Cancel, Course, Progress
 from .inpaint import diffuse, dilate, split_long_edges, weld_index
 from .rasterize import rasterize
 from .views import linear_to_srgb, srgb_to_linear
@@ -47,7 +51,7 @@ SURE_PRESENCE = 0.2  # from here on a seen colour stands without help from its n
 DEPTH_BIAS = 0.004  # world units; besides the slope's share
 CREASE_COS = 0.85  # a corner whose smooth normal leans further from its face's keeps the latter: edges above 64 degrees
 MAX_DEPTH_SIZE = 512
-POINTS_PER_CHUNK = 1 << 19
+POINTS_PER_CHUNK = 1 << 17  # a fraction of a second on one core: nothing is asked or told inside a chunk
 FILL_EDGE_SHARE = 1 / 48  # longest edge that carries diffused colours, as a share of the object's longest side
 MAX_FILL_FACES = 60_000
 
@@ -73,18 +77,35 @@ class _View:
     depth: torch.Tensor
 
 
-def colour_from_views(mesh: Mesh, viewset: ViewSet, *, texture_size: int = 1024, fill: Fill = "diffuse") -> Mesh:
+def colour_from_views(
+    mesh: Mesh,
+    viewset: ViewSet,
+    *,
+    texture_size: int = 1024,
+    fill: Fill = "diffuse",
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Mesh:
     """``mesh`` coloured by the views: a texture (after unwrapping where the mesh has no UV), or vertex colours with
     ``texture_size=0``. Raises TriptychError as ``bake_texture`` does."""
     if texture_size == 0:
-        return vertex_colours_from_views(mesh, viewset, fill=fill)
+        return vertex_colours_from_views(mesh, viewset, fill=fill, progress=progress, cancel=cancel)
     check_texture_size(texture_size)
-    return bake_texture(mesh if mesh.uv is not None else unwrap(mesh, texture_size=texture_size), viewset,
-                        size=texture_size, fill=fill)[0]
+    course = Course(progress, cancel)
+    course.at(0.0)
+    if mesh.uv is None:
+        mesh = unwrap(mesh, texture_size=texture_size, cancel=cancel)
+    return _baked(mesh, viewset, texture_size, fill, course.part(0.4, 1.0))[0]
 
 
 def bake_texture(
-    mesh: Mesh, viewset: ViewSet, size: int = 1024, *, fill: Fill = "diffuse"
+    mesh: Mesh,
+    viewset: ViewSet,
+    size: int = 1024,
+    *,
+    fill: Fill = "diffuse",
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> tuple[Mesh, BakeReport]:
     """``mesh`` with one material whose base colour texture (size, size, 3) uint8 sRGB shows the views.
 
@@ -96,26 +117,35 @@ def bake_texture(
     Raises TriptychError: no UV, UV outside [0, 1], a size out of range, no view shows any of the mesh, no vertex
     colours to fill with.
     """
+    return _baked(mesh, viewset, size, fill, Course(progress, cancel))
+
+
+def _baked(mesh: Mesh, viewset: ViewSet, size: int, fill: Fill, course: Course) -> tuple[Mesh, BakeReport]:
     check_texture_size(size)
     corner_uv = _layout(mesh)
     positions, welded = weld_index(mesh.vertices)
     corners = np.concatenate([corner_uv, corner_normals(mesh), _own_colors(mesh, fill)[mesh.faces]], axis=2)
     vertices, faces, corners = _refined(positions, welded[mesh.faces], corners)
+    course.at(0.05)
     texels, triangle, weights = _uv_texels(corners[..., :2], size)
+    course.at(0.15)
     corner_points, normals = torch.from_numpy(vertices[faces]), torch.from_numpy(corners[..., 2:5])
     own = _mix(torch.from_numpy(corners[..., 5:]), triangle, weights)
 
-    views, mirrored = _posed_views(mesh, viewset, fill)
+    views, mirrored = _posed_views(mesh, viewset, fill, course.part(0.15, 0.3))
     colour, confidence = torch.empty(len(texels), 3), torch.empty(len(texels))
     for part in _chunks(len(texels)):
+        course.at(0.3 + 0.4 * part.start / len(texels))
         point = _mix(corner_points, triangle[part], weights[part])
         normal = functional.normalize(_mix(normals, triangle[part], weights[part]), dim=1)
         colour[part], confidence[part] = _colour(point, normal, views, mirrored)
     _check_seen(confidence)
+    course.at(0.7)
 
     index = torch.from_numpy(faces)[triangle]
     filled = torch.from_numpy(_spread(vertices, faces, index, weights, colour - own, confidence))
     for part in _chunks(len(texels)):
+        course.at(0.85)
         share = confidence[part, None]
         unseen = own[part] + (filled[index[part]] * weights[part, :, None]).sum(dim=1)
         colour[part] = share * colour[part] + (1 - share) * unseen
@@ -125,15 +155,26 @@ def bake_texture(
         seen_share=float((confidence > 0).float().mean()),
         sure_share=float((confidence > 0.99).float().mean()),
     )
-    return _with_texture(mesh, texels, colour, size), report
+    made = _with_texture(mesh, texels, colour, size, course.part(0.9, 1.0))
+    course.at(1.0)
+    return made, report
 
 
-def vertex_colours_from_views(mesh: Mesh, viewset: ViewSet, *, fill: Fill = "diffuse") -> Mesh:
+def vertex_colours_from_views(
+    mesh: Mesh,
+    viewset: ViewSet,
+    *,
+    fill: Fill = "diffuse",
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Mesh:
     """``mesh`` with ``colors`` (V, 4) float32 sRGB from the views, by the same rules as ``bake_texture``.
 
     A vertex on a silhouette, as all those of a box, takes the colours seen inside its faces. Materials are dropped.
     Raises TriptychError when no view shows any of the mesh.
     """
+    course = Course(progress, cancel)
+    course.at(0.0)
     positions, welded = weld_index(mesh.vertices)
     faces = welded[mesh.faces]
     normals = corner_normals(mesh)
@@ -143,9 +184,10 @@ def vertex_colours_from_views(mesh: Mesh, viewset: ViewSet, *, fill: Fill = "dif
     points = _mix(torch.from_numpy(positions[faces]), triangle, weights)
     directions = functional.normalize(_mix(torch.from_numpy(normals), triangle, weights), dim=1)
     smooth = _angle_weighted_normals(Mesh(positions, faces))
-    views, mirrored = _posed_views(mesh, viewset, fill)
+    views, mirrored = _posed_views(mesh, viewset, fill, course.part(0.1, 0.5))
     colour, confidence = _colour(points, directions, views, mirrored)
     own, sure = _colour(torch.from_numpy(positions), torch.from_numpy(smooth), views, mirrored)
+    course.at(0.7)
     _check_seen(torch.cat([confidence, sure]))
     base = np.zeros_like(positions)
     base[welded] = _own_colors(mesh, fill)
@@ -158,6 +200,7 @@ def vertex_colours_from_views(mesh: Mesh, viewset: ViewSet, *, fill: Fill = "dif
     spread = base + _spread(positions, faces, index, weights**4, colour - expected, confidence)
     result = sure[:, None].numpy() * own.numpy() + (1 - sure[:, None].numpy()) * spread
     colors = np.concatenate([result.clip(0, 1), np.ones((len(result), 1))], axis=1).astype(np.float32)
+    course.at(1.0)
     return mesh.replace(colors=colors[welded], materials=(), face_materials=None)
 
 
@@ -170,18 +213,29 @@ def _own_colors(mesh: Mesh, fill: Fill) -> np.ndarray:
     return np.ascontiguousarray(mesh.colors[:, :3], dtype=np.float32)
 
 
-def bake_vertex_colours(mesh: Mesh, size: int = 1024) -> Mesh:
+def bake_vertex_colours(
+    mesh: Mesh, size: int = 1024, *, progress: Progress | None = None, cancel: Cancel | None = None
+) -> Mesh:
     """The vertex colours of ``mesh`` as a base colour texture (size, size, 3) uint8, mixed in linear light as drawn.
 
     Raises TriptychError: no colours, no UV, UV outside [0, 1], a size out of 64-8192.
     """
     check_texture_size(size)
+    course = Course(progress, cancel)
     if mesh.colors is None:
         raise TriptychError("the mesh has no vertex colours to bake: colour it first, or bake from views")
     texels, triangle, weights = _uv_texels(_layout(mesh), size)
-    corners = torch.from_numpy(np.ascontiguousarray(mesh.colors[mesh.faces][..., :3], dtype=np.float32))
-    colour = linear_to_srgb(_mix(srgb_to_linear(corners.clamp(0, 1)), triangle, weights))
-    return _with_texture(mesh, texels, colour, size)
+    course.at(0.3)
+    corners = srgb_to_linear(
+        torch.from_numpy(np.ascontiguousarray(mesh.colors[mesh.faces][..., :3], dtype=np.float32)).clamp(0, 1)
+    )
+    colour = torch.empty(len(texels), 3)
+    for part in _chunks(len(texels)):
+        course.at(0.3 + 0.6 * part.start / len(texels))
+        colour[part] = linear_to_srgb(_mix(corners, triangle[part], weights[part]))
+    made = _with_texture(mesh, texels, colour, size, course.part(0.9, 1.0))
+    course.at(1.0)
+    return made
 
 
 def view_weights(points: torch.Tensor, normals: torch.Tensor, mesh: Mesh, viewset: ViewSet) -> torch.Tensor:
@@ -189,7 +243,7 @@ def view_weights(points: torch.Tensor, normals: torch.Tensor, mesh: Mesh, viewse
 
     points (N, 3) and unit normals (N, 3) float32 in the world, on the surface of ``mesh``, which hides.
     """
-    views, _ = _posed_views(mesh, viewset, "diffuse")
+    views, _ = _posed_views(mesh, viewset, "diffuse", Course(None, None))
     return torch.stack([_offer(points, normals, view)[1] for view in views])
 
 
@@ -279,19 +333,19 @@ def _spread(
     return diffuse(vertices, faces, observed, trusted / np.maximum(total, 1e-12))
 
 
-def _with_texture(mesh: Mesh, texels: torch.Tensor, colour: torch.Tensor, size: int) -> Mesh:
+def _with_texture(mesh: Mesh, texels: torch.Tensor, colour: torch.Tensor, size: int, course: Course) -> Mesh:
     covered = torch.zeros(size * size, dtype=torch.bool)
     covered[texels] = True
     image = torch.zeros(size * size, 3)
     image[texels] = colour.clamp(0, 1)
-    image = dilate(image.view(size, size, 3), covered.view(size, size))
+    image = dilate(image.view(size, size, 3), covered.view(size, size), step=course.at)
     texture = (image.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     name = mesh.materials[0].name if mesh.materials else Material().name
     material = Material(name=name, base_color_texture=texture)
     return mesh.replace(colors=None, materials=(material,), face_materials=None)
 
 
-def _posed_views(mesh: Mesh, viewset: ViewSet, fill: Fill) -> tuple[list[_View], list[_View]]:
+def _posed_views(mesh: Mesh, viewset: ViewSet, fill: Fill, course: Course) -> tuple[list[_View], list[_View]]:
     """The views, and for fill="mirror" those seen in a mirror at x = 0 whose direction no view has."""
     if fill not in ("diffuse", "mirror", "colors"):
         raise TriptychError(f'the fill is "{fill}": choose "diffuse", "mirror" or "colors"')
@@ -302,8 +356,12 @@ def _posed_views(mesh: Mesh, viewset: ViewSet, fill: Fill) -> tuple[list[_View],
             twin = replace(camera, azimuth_deg=-camera.azimuth_deg % 360.0)
             if not any(_same_direction(twin, other) for other in cameras):
                 images, cameras = torch.cat([images, image.flip(-1)[None]]), [*cameras, twin]
+    course.at(0.0)
     depths = _depths(mesh, cameras, min(images.shape[-1], MAX_DEPTH_SIZE))
-    views = [_posed_view(image, camera, depth) for image, camera, depth in zip(images, cameras, depths, strict=True)]
+    views: list[_View] = []
+    for image, camera, depth in zip(images, cameras, depths, strict=True):
+        course.at(0.3 + 0.7 * len(views) / len(cameras))
+        views.append(_posed_view(image, camera, depth))
     return views[:count], views[count:]
 
 

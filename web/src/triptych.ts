@@ -1,6 +1,7 @@
 // The ComfyUI extension: the 3D viewer on Triptych's preview and export nodes, in classic nodes and in Nodes 2.0.
 import { app } from "../../scripts/app.js";
 import { sourcesOf, uploadImage, type MeshOutput } from "./comfy/api";
+import { keepInNode } from "./comfy/mount";
 import type { ComfyNode } from "./comfy/types";
 import { Viewer, type ViewState } from "./viewer/index";
 
@@ -63,7 +64,8 @@ function attach(node: ComfyNode): void {
     if (state) viewer.restore(state);
     show(node, viewer);
   });
-  after(node, "onRemoved", () => viewer.dispose());
+  const release = keepInNode(node, host, SMALLEST[0]);
+  after(node, "onRemoved", () => { release(); viewer.dispose(); });
 }
 
 function show(node: ComfyNode, viewer: Viewer): void {

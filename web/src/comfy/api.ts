@@ -20,6 +20,7 @@ export interface MeshOutput {
   triptych?: { version: number; models: ModelEntry[] }[];
   text?: string[];
   images?: FileEntry[];
+  triptych_views?: { generated: string[]; seed: number; rerolls: number; warnings: string[] }[];
 }
 
 export type MakeUrl = (path: string) => string;

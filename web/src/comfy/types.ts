@@ -38,6 +38,7 @@ export interface ComfyApp {
 
 declare global {
   interface Window {
-    LiteGraph?: { createNode(type: string): ComfyNode | null };
+    LiteGraph?: { createNode(type: string): ComfyNode | null; vueNodesMode?: boolean };
+    app?: { canvas?: { graph?: unknown } };
   }
 }

@@ -1,5 +1,6 @@
 // One job on a ComfyUI server: queue it, follow it over the websocket, and ask /history where the websocket was away.
 import type { MakeUrl, MeshOutput } from "../comfy/api";
+import { words } from "./words";
 import { titleOf, type Graph } from "./workflow";
 
 export interface HistoryEntry {
@@ -12,6 +13,8 @@ export interface JobEvents {
   /** What is computed now and how far it is (0 to 1; null where the node does not say). */
   progress(stage: string, fraction: number | null): void;
   picture(image: Blob): void;
+  /** A node of the job is done, or was cached, and has something to show. */
+  output(node: string, output: MeshOutput): void;
   server(sentence: string): void;
 }
 
@@ -33,9 +36,11 @@ export class Jobs {
     this.connect(500);
   }
 
-  /** Queues a graph; resolves with its id. Raises Error with the sentences of the nodes that refuse their inputs. */
-  async queue(graph: Graph): Promise<string> {
-    const answer = await this.post("/prompt", { prompt: graph, client_id: this.clientId });
+  /** Queues a graph, or only what its node ``target`` needs; resolves with its id. Raises Error with the sentences of the
+   * nodes that refuse their inputs. */
+  async queue(graph: Graph, target?: string): Promise<string> {
+    const part = target ? { partial_execution_targets: [target] } : {};
+    const answer = await this.post("/prompt", { prompt: graph, client_id: this.clientId, ...part });
     const body = (await answer.json()) as QueueAnswer;
     const refused = Object.values(body.node_errors ?? {}).length > 0;
     if (!answer.ok || refused || !body.prompt_id) throw new Error(refusal(body, graph));
@@ -53,7 +58,7 @@ export class Jobs {
           // It may have ended between the two questions.
           const late = await this.history(id);
           if (late) return finished(late);
-          throw new Error("The job is no longer on the server: it was removed from the queue, or the server restarted.");
+          throw new Error(words.lostJob);
         }
         await Promise.race([woken, new Promise(done => setTimeout(done, POLL_MS))]);
       }
@@ -91,7 +96,7 @@ export class Jobs {
   private async post(path: string, body: unknown): Promise<Response> {
     const init = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
     const answer = await fetch(this.api(path), init).catch(() => null);
-    if (!answer) throw new Error("ComfyUI does not answer: check that it still runs, then try again.");
+    if (!answer) throw new Error(words.noAnswer);
     return answer;
   }
 
@@ -101,10 +106,10 @@ export class Jobs {
     url.searchParams.set("clientId", this.clientId);
     const socket = new WebSocket(url);
     socket.binaryType = "arraybuffer";
-    socket.onopen = () => { wait = 500; this.events.server("Connected"); };
+    socket.onopen = () => { wait = 500; this.events.server(words.connected); };
     socket.onmessage = ({ data }) => (typeof data === "string" ? this.text(data) : this.binary(data as ArrayBuffer));
     socket.onclose = () => {
-      this.events.server("Not connected: trying again");
+      this.events.server(words.notConnected);
       setTimeout(() => this.connect(Math.min(8000, wait * 2)), wait);
     };
     this.socket = socket;
@@ -125,13 +130,14 @@ export class Jobs {
       const [value, max] = [Number(data.value), Number(data.max)];
       this.events.progress(titleOf(job.graph, String(data.node ?? "")), max > 0 ? value / max : null);
     }
+    if (type === "executed" && data.output) this.events.output(String(data.node), data.output as MeshOutput);
     const ends = ["execution_success", "execution_error", "execution_interrupted"].includes(type);
     if (ends || (type === "executing" && data.node === null)) job.wake();
   }
 
   private status(data: Record<string, unknown>): void {
     const waiting = (data.status as { exec_info?: { queue_remaining?: number } } | undefined)?.exec_info?.queue_remaining ?? 0;
-    this.events.server(waiting ? `Connected, ${waiting} in the queue` : "Connected");
+    this.events.server(waiting ? words.inQueue(waiting) : words.connected);
   }
 
   /** Preview pictures: event 1 has a type word before the picture, event 4 a length and JSON. Both are big-endian. */
@@ -163,12 +169,12 @@ function refusal({ error, node_errors }: QueueAnswer, graph: Graph): string {
     }));
   if (missing.length) return missing.join("\n");
   if (typeof error === "string") return error;
-  return [error?.message, error?.details].filter(Boolean).join(": ") || "ComfyUI refused the job without a reason.";
+  return [error?.message, error?.details].filter(Boolean).join(": ") || words.noReason;
 }
 
 function finished(entry: HistoryEntry): HistoryEntry {
   const messages = new Map(entry.status?.messages ?? []);
-  if (messages.has("execution_interrupted")) throw new Error("Stopped.");
+  if (messages.has("execution_interrupted")) throw new Error(words.stopped);
   const failure = messages.get("execution_error");
   if (failure) throw new Error(`${titleOf(entry.prompt[2], String(failure.node_id))}: ${String(failure.exception_message).trim()}`);
   return entry;

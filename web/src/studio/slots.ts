@@ -1,4 +1,5 @@
 // Four places for pictures: drop, choose, paste or remove.
+import { words } from "./words";
 import { SIDES, type Side } from "./workflow";
 
 const HINTS: Record<Side, RegExp> = {
@@ -9,7 +10,7 @@ export class Slots {
   readonly files: Partial<Record<Side, File>> = {};
   private readonly elements = new Map<Side, { slot: HTMLElement; image: HTMLImageElement; input: HTMLInputElement }>();
 
-  constructor(parent: HTMLElement, private readonly refuse: (sentence: string) => void) {
+  constructor(parent: HTMLElement, private readonly refuse: (sentence: string) => void, private readonly changed: () => void) {
     for (const side of SIDES) parent.append(this.build(side));
     document.addEventListener("dragover", event => event.preventDefault());
     document.addEventListener("drop", event => {
@@ -22,7 +23,7 @@ export class Slots {
   /** Puts pictures in: the first where it was dropped, the rest by their names, then in order. */
   take(files: File[], at: Side | null): void {
     const pictures = files.filter(file => file.type.startsWith("image/"));
-    if (files.length > pictures.length) this.refuse(`${files.find(file => !pictures.includes(file))?.name ?? "A file"} is not a picture.`);
+    if (files.length > pictures.length) this.refuse(words.notAPicture(files.find(file => !pictures.includes(file))?.name ?? words.aFile));
     if (pictures.length === 1 && at) return this.put(at, pictures[0]!);
     const open = new Set<Side>(SIDES);
     const rest: File[] = [];
@@ -35,10 +36,15 @@ export class Slots {
     }
     for (const file of rest) {
       const side = SIDES.find(each => open.has(each) && !this.files[each]) ?? SIDES.find(each => open.has(each));
-      if (!side) return this.refuse("There are four places: the other pictures were left out.");
+      if (!side) return this.refuse(words.fourPlaces);
       open.delete(side);
       this.put(side, file);
     }
+  }
+
+  /** The sides that have a picture, in their order. */
+  get filled(): Side[] {
+    return SIDES.filter(side => this.files[side]);
   }
 
   private put(side: Side, file: File | null): void {
@@ -54,15 +60,16 @@ export class Slots {
     }
     image.hidden = !file;
     slot.classList.toggle("filled", file !== null);
+    this.changed();
   }
 
   private build(side: Side): HTMLElement {
-    const title = side[0]!.toUpperCase() + side.slice(1);
+    const title = words.slot[side];
     const slot = document.createElement("label");
     slot.className = "slot";
     slot.dataset.side = side;
-    slot.innerHTML = `<img alt="" hidden><span>${title}</span><input type="file" accept="image/*" multiple aria-label="${title} picture">` +
-      `<button type="button" aria-label="Remove the ${side} picture">×</button>`;
+    slot.innerHTML = `<img alt="" hidden><span>${title}</span><input type="file" accept="image/*" multiple aria-label="${words.slotPicture(title)}">` +
+      `<button type="button" aria-label="${words.slotRemove(words.sides[side])}">×</button>`;
     const [image, input, remove] = [slot.querySelector("img")!, slot.querySelector("input")!, slot.querySelector("button")!];
     this.elements.set(side, { slot, image, input });
     input.addEventListener("change", () => this.take([...(input.files ?? [])], side));

@@ -1,25 +1,29 @@
-// The studio page: a client of ComfyUI's public API with one workflow.
-import { uploadImage } from "../comfy/api";
+// The studio page: a client of ComfyUI's public API with the workflows that make a mesh from pictures or a sentence.
+import { uploadImage, viewUrl, type MeshOutput } from "../comfy/api";
 import { Viewer } from "../viewer/index";
 import { listedResults, resultOf, Thumbnails, type Result } from "./gallery";
-import { Jobs } from "./jobs";
+import { Jobs, type HistoryEntry } from "./jobs";
 import { Slots } from "./slots";
-import { chooseWorkflow, fill, QUALITIES, SIDES, type Graph, type Settings, type Side } from "./workflow";
+import { listed, translatePage, words } from "./words";
+import { chooseWorkflow, fill, QUALITIES, SIDES, viewsOnly, type Graph, type Kind, type Settings, type Side } from "./workflow";
 
 // The page lies at /extensions/<folder>/studio.html, wherever a proxy puts that.
 const api = (path: string): string => new URL(`../..${path.startsWith("/ws") ? "" : "/api"}${path}`, location.href).href;
 const $ = <T extends HTMLElement>(id: string): T => document.getElementById(id) as T;
 const field = (id: string): HTMLInputElement => $<HTMLInputElement>(id);
 const RUNNING = "triptych.job";
+const SEEDS = 2 ** 32;
+type QualityName = keyof typeof QUALITIES;
 
 let shownPicture = "";
 let running: string | null = null;
 let results: Result[] = [];
 let shown: Result | null = null;
+let completeChosen = false;
 
-const viewer = new Viewer($("viewer"), { toInput: async picture => `The picture is in ComfyUI's input folder as ${await uploadImage(api, picture, `triptych_${Date.now()}.png`, "triptych")}.` });
+const viewer = new Viewer($("viewer"), { toInput: async picture => words.savedInput(await uploadImage(api, picture, `triptych_${Date.now()}.png`, "triptych")) });
 const thumbnails = new Thumbnails();
-const slots = new Slots($("slots"), fail);
+const slots = new Slots($("slots"), fail, () => plan());
 const jobs = new Jobs(api, {
   progress(stage, fraction) {
     $("stage").textContent = fraction === null ? `${stage} …` : `${stage}: ${Math.round(fraction * 100)} %`;
@@ -33,6 +37,7 @@ const jobs = new Jobs(api, {
     $("preview").querySelector("img")!.src = shownPicture;
     $("preview").hidden = false;
   },
+  output(_node, output) { showSheet(output); },
   server(sentence) { $("server").textContent = sentence; },
 });
 
@@ -44,10 +49,47 @@ function fail(sentence: string): void {
 
 function settings(): Settings {
   const number = (id: string): number => Number(field(id).value);
+  const quality = QUALITIES[field("quality").value as QualityName];
   return {
     seed: number("seed"), steps: number("steps"), guidance: number("guidance"), texture_size: number("texture_size"),
-    target_faces: Math.round(number("target_faces")), ensemble: QUALITIES[field("quality").value]?.ensemble ?? 4,
+    target_faces: Math.round(number("target_faces")), ensemble: quality.ensemble, view_seed: number("view_seed"),
+    view_steps: number("view_steps"), view_guidance: number("view_guidance"), view_rerolls: quality.view_rerolls,
   };
+}
+
+function sentence(): string {
+  return field("sentence").value.trim();
+}
+
+/** What the inputs come to; null while there are none. */
+function kind(): Kind | null {
+  const given = slots.filled.length;
+  if (given === 0) return sentence() ? "text" : null;
+  return given < SIDES.length && field("complete").checked ? "photo" : "views";
+}
+
+/** Says what Make will do with what is there. One picture alone is completed, unless the user decided otherwise. */
+function plan(): void {
+  const given = slots.filled;
+  if (!completeChosen) field("complete").checked = given.length === 1;
+  $("complete-row").hidden = given.length === 0 || given.length === SIDES.length;
+  const found = kind();
+  const missing = SIDES.filter(side => !given.includes(side));
+  const unused = found === "views" && sentence() ? ` ${words.planUnused}` : "";
+  const sentences = { text: words.planText, photo: words.planPhoto(listed(given), listed(missing)), views: words.planViews(listed(given)) + unused };
+  $("plan").textContent = found ? sentences[found] : "";
+  if (found === null || found === "views") $("sheet").hidden = true;
+}
+
+/** The drawn views, as soon as they are there. */
+function showSheet(output: MeshOutput): void {
+  const [facts] = output.triptych_views ?? [];
+  const [entry] = output.images ?? [];
+  if (!facts || !entry) return;
+  const image = $("sheet").querySelector("img")!;
+  image.src = viewUrl(api, entry);
+  image.alt = words.sheetAlt(String(facts.seed));
+  $("sheet").hidden = false;
 }
 
 /** A name made of the content: the same picture is the same input, and ComfyUI's cache holds. */
@@ -62,18 +104,20 @@ async function upload(side: Side, file: File): Promise<string> {
   return uploadImage(api, file, `${side}_${name}${suffix}`, "triptych");
 }
 
-async function make(): Promise<void> {
+/** Queues the workflow for what is there, the views alone or all of it, and follows it to its end. */
+async function make(onlyViews = false): Promise<void> {
   fail("");
-  const chosen = SIDES.filter(side => slots.files[side]);
-  if (!chosen.length) return fail("Put in at least one picture of the object first.");
-  busy(true, "Sending the pictures");
+  const found = kind();
+  if (found === null) return fail(words.nothingGiven);
+  busy(true, words.sending);
   try {
     const pictures: Partial<Record<Side, string>> = {};
-    for (const side of chosen) pictures[side] = await upload(side, slots.files[side]!);
-    const graph = fill(await chooseWorkflow(), pictures, settings());
-    const id = await jobs.queue(graph);
-    localStorage.setItem(RUNNING, JSON.stringify({ id, graph }));
-    await follow(id, graph);
+    for (const side of slots.filled) pictures[side] = await upload(side, slots.files[side]!);
+    const whole = fill(await chooseWorkflow(found), { kind: found, pictures, sentence: sentence() }, settings());
+    const { graph, target } = onlyViews ? viewsOnly(whole) : { graph: whole, target: undefined };
+    const id = await jobs.queue(graph, target);
+    localStorage.setItem(RUNNING, JSON.stringify({ id, graph, onlyViews }));
+    await follow(id, graph, onlyViews);
   } catch (error) {
     fail(error instanceof Error ? error.message : String(error));
   } finally {
@@ -81,26 +125,46 @@ async function make(): Promise<void> {
   }
 }
 
-async function follow(id: string, graph: Graph): Promise<void> {
+async function follow(id: string, graph: Graph, onlyViews: boolean): Promise<void> {
   running = id;
-  busy(true, "Waiting in the queue");
+  busy(true, words.queued);
   try {
     const entry = await jobs.follow(id, graph);
-    const texts = Object.values(entry.outputs).flatMap(output => output.text ?? []).filter(Boolean);
-    $("report").textContent = texts.join("\n");
-    $("report").hidden = texts.length === 0;
+    report(entry);
+    if (onlyViews) return;
     const result = resultOf(id, entry, api);
-    if (!result) throw new Error("The job ended without a mesh: the workflow has no export that could be shown.");
+    if (!result) throw new Error(words.noMesh);
     await open(result);
   } finally {
     running = null;
     localStorage.removeItem(RUNNING);
-    await refreshGallery();
+    if (!onlyViews) await refreshGallery();
   }
 }
 
+/** Shows what the nodes say: warnings by themselves, the rest small. */
+function report(entry: HistoryEntry): void {
+  const graph = entry.prompt[2];
+  const warnings = new Set<string>();
+  const texts: string[] = [];
+  for (const [node, output] of Object.entries(entry.outputs)) {
+    showSheet(output);
+    const lines = (output.text ?? []).flatMap(text => text.split("\n")).filter(Boolean);
+    // All that Prepare views says is a warning.
+    const warned = graph[node]?.class_type === "Triptych_PrepareViews" ? lines : (output.triptych_views?.[0]?.warnings ?? []);
+    for (const line of warned) warnings.add(line);
+    texts.push(...lines);
+  }
+  const rest = texts.filter(line => !warnings.has(line));
+  $("warnings").replaceChildren(...[...warnings].map(text => Object.assign(document.createElement("li"), { textContent: text })));
+  $("warnings").hidden = warnings.size === 0;
+  if (warnings.size) $("warnings").scrollIntoView({ block: "nearest" });
+  $("report").textContent = rest.join("\n");
+  $("report").hidden = rest.length === 0;
+}
+
 function busy(on: boolean, stage = ""): void {
-  $<HTMLButtonElement>("make").disabled = on;
+  for (const id of ["make", "reroll"]) $<HTMLButtonElement>(id).disabled = on;
   $("stop").hidden = !on || running === null;
   $("progress").hidden = !on;
   if (on) {
@@ -136,17 +200,17 @@ function drawTiles(): void {
     const tile = document.createElement("li");
     const button = document.createElement("button");
     Object.assign(button, { type: "button", className: "open", textContent: "…", onclick: () => void open(result) });
-    button.setAttribute("aria-label", `Show ${result.label}`);
+    button.setAttribute("aria-label", words.show(result.label));
     button.setAttribute("aria-current", String(result.key === shown?.key));
     const compare = document.createElement("button");
-    Object.assign(compare, { type: "button", className: "against", textContent: "Compare", hidden: !shown || result.key === shown.key });
-    compare.setAttribute("aria-label", `Compare the shown result with ${result.label}`);
+    Object.assign(compare, { type: "button", className: "against", textContent: words.compare, hidden: !shown || result.key === shown.key });
+    compare.setAttribute("aria-label", words.compareWith(result.label));
     compare.onclick = () => { if (shown) void open(shown, result); };
     const label = document.createElement("p");
     label.textContent = result.label;
     tile.append(button, compare, label);
     void thumbnails.of(result).then(url => {
-      if (!url) return void (button.textContent = "gone");
+      if (!url) return void (button.textContent = words.gone);
       const image = document.createElement("img");
       Object.assign(image, { src: url, alt: "" });
       button.replaceChildren(image);
@@ -156,10 +220,10 @@ function drawTiles(): void {
 }
 
 function applyQuality(): void {
-  const quality = QUALITIES[field("quality").value];
-  if (!quality) return;
+  const quality = QUALITIES[field("quality").value as QualityName];
   field("texture_size").value = String(quality.texture_size);
   field("target_faces").value = String(quality.target_faces);
+  field("view_steps").value = String(quality.view_steps);
 }
 
 function applyTheme(theme: string): void {
@@ -168,12 +232,16 @@ function applyTheme(theme: string): void {
 }
 
 function buildForm(): void {
-  for (const [name, { label }] of Object.entries(QUALITIES)) $("quality").append(new Option(label, name));
+  for (const name of Object.keys(QUALITIES) as QualityName[]) $("quality").append(new Option(words.quality[name], name));
   field("quality").value = "standard";
-  for (const size of [0, 256, 512, 1024, 2048, 4096]) $("texture_size").append(new Option(size ? `${size}` : "Vertex colours", String(size)));
+  for (const size of [0, 256, 512, 1024, 2048, 4096]) $("texture_size").append(new Option(size ? `${size}` : words.vertexColours, String(size)));
   applyQuality();
   $("quality").addEventListener("change", applyQuality);
-  $("dice").addEventListener("click", () => { field("seed").value = String(Math.floor(Math.random() * 2 ** 32)); });
+  const another = (id: string): void => { field(id).value = String(Math.floor(Math.random() * SEEDS)); };
+  $("dice").addEventListener("click", () => another("seed"));
+  $("reroll").addEventListener("click", () => { another("view_seed"); void make(true); });
+  $("complete").addEventListener("change", () => { completeChosen = true; plan(); });
+  $("sentence").addEventListener("input", plan);
   $("form").addEventListener("submit", event => { event.preventDefault(); void make(); });
   $("stop").addEventListener("click", () => { if (running) void jobs.stop(running).catch((error: Error) => fail(error.message)); });
   const stored = localStorage.getItem("triptych.theme");
@@ -189,9 +257,9 @@ function buildForm(): void {
 async function resume(): Promise<void> {
   const stored = localStorage.getItem(RUNNING);
   if (!stored) return;
-  const { id, graph } = JSON.parse(stored) as { id: string; graph: Graph };
+  const { id, graph, onlyViews } = JSON.parse(stored) as { id: string; graph: Graph; onlyViews?: boolean };
   try {
-    await follow(id, graph);
+    await follow(id, graph, onlyViews ?? false);
   } catch (error) {
     fail(error instanceof Error ? error.message : String(error));
   } finally {
@@ -199,7 +267,9 @@ async function resume(): Promise<void> {
   }
 }
 
+translatePage();
 buildForm();
+plan();
 Object.assign(window, { studio: { viewer, jobs, slots } });
 void refreshGallery().then(() => { document.documentElement.dataset.ready = "yes"; });
 void resume();

@@ -1,4 +1,6 @@
 // The graph that the studio queues, in ComfyUI's API form: one of workflows/, or this one where none was built in.
+import { words } from "./words";
+
 export interface GraphNode {
   class_type: string;
   inputs: Record<string, unknown>;
@@ -10,6 +12,16 @@ export type Graph = Record<string, GraphNode>;
 export const SIDES = ["front", "left", "back", "right"] as const;
 export type Side = (typeof SIDES)[number];
 
+/** What the page makes a mesh from: pictures alone, pictures and drawn sides, or a sentence alone. */
+export type Kind = "views" | "photo" | "text";
+
+export interface Source {
+  kind: Kind;
+  /** Names in ComfyUI's input folder. */
+  pictures: Partial<Record<Side, string>>;
+  sentence: string;
+}
+
 export interface Settings {
   seed: number;
   steps: number;
@@ -17,12 +29,19 @@ export interface Settings {
   ensemble: number;
   texture_size: number;
   target_faces: number;
+  view_seed: number;
+  view_steps: number;
+  view_guidance: number;
+  view_rerolls: number;
 }
 
-export const QUALITIES: Record<string, Omit<Settings, "seed" | "steps" | "guidance"> & { label: string }> = {
-  quick: { label: "Quick", ensemble: 1, texture_size: 512, target_faces: 6000 },
-  standard: { label: "Standard", ensemble: 4, texture_size: 1024, target_faces: 12000 },
-  fine: { label: "Fine", ensemble: 8, texture_size: 2048, target_faces: 30000 },
+/** view_steps 0: the model's own number, at which it was tuned. */
+export type Quality = Pick<Settings, "ensemble" | "texture_size" | "target_faces" | "view_steps" | "view_rerolls">;
+
+export const QUALITIES: Record<"quick" | "standard" | "fine", Quality> = {
+  quick: { ensemble: 1, texture_size: 512, target_faces: 6000, view_steps: 4, view_rerolls: 0 },
+  standard: { ensemble: 4, texture_size: 1024, target_faces: 12000, view_steps: 0, view_rerolls: 2 },
+  fine: { ensemble: 8, texture_size: 2048, target_faces: 30000, view_steps: 16, view_rerolls: 4 },
 };
 
 // The mesh is reduced and painted after the reconstruction, so that a change of either leaves the longest part cached.
@@ -61,68 +80,85 @@ const BUILT_IN: Graph = {
   show: { class_type: "Triptych_Preview3D", inputs: { mesh: ["paint", 0] } },
 };
 
-const NEEDED = ["Triptych_PrepareViews", "Triptych_Reconstruct", "Triptych_ExportMesh"];
+const NEEDED = ["Triptych_Reconstruct", "Triptych_ExportMesh"];
+const DRAWING = "Triptych_FluxViews";
+const SHEET_NODE = "triptych_sheet";
 
-/** The workflow of workflows/ that fits the page (built into its folder), else the built-in one. */
-export async function chooseWorkflow(): Promise<Graph> {
+/** The workflow of workflows/ that fits the source (built into the page's folder), else the built-in one for pictures. */
+export async function chooseWorkflow(kind: Kind): Promise<Graph> {
   const read = async <T>(name: string): Promise<T | null> => {
     const answer = await fetch(new URL(`workflows/${name}`, location.href)).catch(() => null);
     return answer?.ok ? ((await answer.json()) as T) : null;
   };
   for (const name of (await read<string[]>("index.json")) ?? []) {
     const graph = await read<Graph>(name);
-    if (graph && fits(graph)) return graph;
+    if (graph && kindOf(graph) === kind) return graph;
   }
+  if (kind !== "views") throw new Error(words.noWorkflow);
   return structuredClone(BUILT_IN);
 }
 
-function fits(graph: Graph): boolean {
+function kindOf(graph: Graph): Kind | null {
   const classes = Object.values(graph).map(node => node.class_type);
-  const views = find(graph, "Triptych_PrepareViews");
-  const named = views !== undefined && SIDES.every(side => Array.isArray(graph[views]?.inputs[side]));
-  return named && NEEDED.every(name => classes.includes(name));
+  if (!NEEDED.every(name => classes.includes(name))) return null;
+  const linked = (classType: string): number => {
+    const id = find(graph, classType);
+    return id === undefined ? -1 : SIDES.filter(side => Array.isArray(graph[id]?.inputs[side])).length;
+  };
+  if (linked(DRAWING) >= 0) return linked(DRAWING) > 0 ? "photo" : "text";
+  return linked("Triptych_PrepareViews") === SIDES.length ? "views" : null;
 }
 
 function find(graph: Graph, classType: string): string | undefined {
   return Object.keys(graph).find(id => graph[id]?.class_type === classType);
 }
 
-/** The graph with these pictures (names in the input folder) and settings; views that are absent are taken out. */
-export function fill(template: Graph, pictures: Partial<Record<Side, string>>, settings: Settings): Graph {
+/** The graph with this source and these settings; views that are absent are taken out, loaders that lack are added. */
+export function fill(template: Graph, source: Source, settings: Settings): Graph {
   const graph = structuredClone(template);
-  const views = graph[find(graph, "Triptych_PrepareViews") ?? ""];
-  if (!views) throw new Error("The workflow has no Prepare views node.");
+  const views = graph[find(graph, source.kind === "views" ? "Triptych_PrepareViews" : DRAWING) ?? ""];
+  if (!views) throw new Error(words.noWorkflow);
   for (const side of SIDES) {
     const link = views.inputs[side];
-    const loader = Array.isArray(link) ? String(link[0]) : null;
-    const name = pictures[side];
-    if (name && loader && graph[loader]) graph[loader].inputs.image = name;
-    if (name) continue;
-    delete views.inputs[side];
-    delete views.inputs[`${side}_mask`];
-    if (loader) delete graph[loader];
+    const loader = Array.isArray(link) ? String(link[0]) : `triptych_${side}`;
+    const image = source.pictures[side];
+    if (image) {
+      graph[loader] = { class_type: "LoadImage", inputs: { image }, _meta: graph[loader]?._meta ?? { title: side } };
+      Object.assign(views.inputs, { [side]: [loader, 0], [`${side}_mask`]: [loader, 1] });
+    } else {
+      delete views.inputs[side];
+      delete views.inputs[`${side}_mask`];
+      delete graph[loader];
+    }
   }
   const { seed, steps, guidance, ensemble, texture_size, target_faces } = settings;
+  set(graph, [DRAWING], {
+    prompt: source.sentence, seed: settings.view_seed, steps: settings.view_steps, guidance: settings.view_guidance,
+    rerolls: settings.view_rerolls,
+  });
   set(graph, ["Triptych_Reconstruct"], { seed, steps, guidance, ensemble });
   set(graph, ["Triptych_TextureMesh", "Triptych_Reconstruct"], { texture_size });
   set(graph, ["Triptych_CleanMesh", "Triptych_Reconstruct"], { target_faces });
   return graph;
 }
 
+/** The same graph with a node that shows the drawn sheet, and that node: all that a new draw of the views has to run. The
+ * rest stays in the graph, so that ComfyUI keeps what it has cached of it. */
+export function viewsOnly(graph: Graph): { graph: Graph; target: string } {
+  const id = find(graph, DRAWING);
+  if (id === undefined) throw new Error(words.noWorkflow);
+  const show: GraphNode = { class_type: "PreviewImage", inputs: { images: [id, 1] } };
+  return { graph: { ...graph, [SHEET_NODE]: show }, target: SHEET_NODE };
+}
+
 /** Sets inputs on the first of these node classes that the graph has. */
-function set(graph: Graph, classes: string[], values: Record<string, number>): void {
+function set(graph: Graph, classes: string[], values: Record<string, number | string>): void {
   const id = classes.map(name => find(graph, name)).find(found => found !== undefined);
   const node = id === undefined ? undefined : graph[id];
   if (node) Object.assign(node.inputs, values);
 }
 
-const TITLES: Record<string, string> = {
-  LoadImage: "Loading the pictures", Triptych_LoadBundle: "Loading the model", Triptych_PrepareViews: "Preparing the views",
-  Triptych_Reconstruct: "Making the shape", Triptych_CleanMesh: "Cleaning the mesh", Triptych_TextureMesh: "Painting",
-  Triptych_ExportMesh: "Writing the files", Triptych_Preview3D: "Preparing the view", Triptych_RenderViews: "Drawing pictures",
-};
-
 export function titleOf(graph: Graph | null, id: string): string {
   const node = graph?.[id];
-  return node ? (TITLES[node.class_type] ?? node._meta?.title ?? node.class_type) : `Node ${id}`;
+  return node ? (words.stages[node.class_type] ?? node._meta?.title ?? node.class_type) : `${words.node} ${id}`;
 }

@@ -3,32 +3,33 @@ nearest old vertex); UV and textures are dropped, for they belong to the old tri
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+from scipy.spatial import cKDTree
 
-from ..triptych.errors import TriptychError
+from ..errors import TriptychError
+from .cleanup import weld
+from .isosurface import isosurface
+from .mesh import Mesh
+from .solid import solid_sdf
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ..triptych.geometry.mesh import Mesh
+MARGIN_VOXELS = 2  # between the surface and the grid's border, so that it closes inside of the grid
 
 
 def voxel_remesh(mesh: Mesh, resolution: int) -> Mesh:
     """The closed surface of the solid that the mesh bounds, from ``resolution`` voxels along its longest side.
 
-    Holes are bridged and inner walls dropped by the rules of ``geometry.solid``; details below a voxel vanish.
+    Holes are bridged and inner walls dropped by the rules of ``geometry.solid``; details below a voxel vanish. Raises
+    TriptychError for a resolution below 8.
     """
-    from ..triptych.geometry.isosurface import isosurface
-    from ..triptych.geometry.solid import solid_sdf
-
-    low, high = mesh.bounds.astype("float64")
+    if resolution < 8:
+        raise TriptychError(f"the resolution is {resolution} voxels: give at least 8")
+    low, high = mesh.bounds.astype(np.float64)
     longest = float((high - low).max())
-    # Shrunk by two voxels on each side, so that the surface closes inside of the grid.
-    scale = (resolution - 4) / resolution
+    scale = (resolution - 2 * MARGIN_VOXELS) / resolution
     unit = mesh.normalized()
     made = isosurface(-solid_sdf(unit.replace(vertices=unit.vertices * scale), resolution))
     vertices = made.vertices / scale * longest + (low + high) / 2
-    return _coloured(made.replace(vertices=vertices.astype("float32")), mesh)
+    return _coloured(made.replace(vertices=vertices.astype(np.float32)), mesh)
 
 
 def isotropic_remesh(mesh: Mesh, resolution: int) -> Mesh:
@@ -43,11 +44,6 @@ def isotropic_remesh(mesh: Mesh, resolution: int) -> Mesh:
             "isotropic remeshing needs the package pymeshlab, which is not installed: pip install pymeshlab, or choose "
             "voxels"
         ) from error
-    import numpy as np
-
-    from ..triptych.geometry.cleanup import weld
-    from ..triptych.geometry.mesh import Mesh
-
     welded = weld(mesh)
     work = pymeshlab.MeshSet()
     work.add_mesh(pymeshlab.Mesh(welded.vertices.astype(np.float64), welded.faces.astype(np.int32)))
@@ -61,8 +57,5 @@ def isotropic_remesh(mesh: Mesh, resolution: int) -> Mesh:
 def _coloured(made: Mesh, source: Mesh) -> Mesh:
     if source.colors is None:
         return made.replace(normals=None)
-    from scipy.spatial import cKDTree
-
     _, nearest = cKDTree(source.vertices).query(made.vertices)
-    colors: np.ndarray = source.colors[nearest]
-    return made.replace(colors=colors, normals=None)
+    return made.replace(colors=source.colors[nearest], normals=None)

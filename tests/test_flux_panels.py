@@ -1,0 +1,147 @@
+"""Panels of a generated sheet: cut out of their background, and judged."""
+
+import numpy as np
+import pytest
+import torch
+from fake_views import MAGENTA, WHITE, sheet_of, shifted, truth
+from scipy import ndimage
+
+from triptych.errors import TriptychError
+from triptych.flux.panels import check_panel, check_views, cut_panel, grouped, sheet_to_views
+from triptych.geometry.cameras import VIEW_NAMES
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def disc(size=128, radius=40, colour=(0.2, 0.5, 0.3), centre=(0.5, 0.5)):
+    """(S, S, 4) with an antialiased disc."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    distance = np.hypot(x - centre[1], y - centre[0]) * size
+    alpha = np.clip(radius - distance + 0.5, 0, 1)
+    return np.concatenate(
+        [np.broadcast_to(np.float32(colour), (size, size, 3)), alpha[..., None]], -1, dtype=np.float32
+    )
+
+
+def over(view, background):
+    return (view[..., :3] * view[..., 3:] + np.float32(background) * (1 - view[..., 3:])).astype(np.float32)
+
+
+@pytest.mark.parametrize(("background", "edge"), [(MAGENTA, 0.99), ((0.0, 1.0, 0.0), 0.98), (WHITE, 0.97)])
+def test_a_clean_sheet_gives_back_its_views(background, edge):
+    found = sheet_to_views(sheet_of(truth(), background), background)
+    assert tuple(found) == VIEW_NAMES
+    assert check_views(found) == []
+    for name, view in truth().items():
+        assert found[name].dtype == np.float32 and found[name].shape == (128, 128, 4)
+        assert iou(found[name][..., 3] > 0.5, view[..., 3] > 0.5) > edge
+        assert np.abs(found[name][..., 3] - view[..., 3]).mean() < 0.004
+        solid = view[..., 3] > 0.99
+        assert np.abs(found[name] - view)[solid][:, :3].mean() < 0.006
+
+
+def test_the_blur_and_noise_of_a_small_model_leave_soft_edges_without_the_key():
+    sheet = sheet_of(truth()).numpy()
+    noise = np.random.default_rng(0).normal(0, 0.03, sheet.shape)
+    blurred = np.clip(ndimage.gaussian_filter(sheet, (0, 1, 1)) + noise, 0, 1)
+    found = sheet_to_views(torch.from_numpy(blurred), MAGENTA)
+    assert check_views(found) == []
+    for name, view in truth().items():
+        assert iou(found[name][..., 3] > 0.5, view[..., 3] > 0.5) > 0.97
+        edge = (found[name][..., 3] > 0.05) & (found[name][..., 3] < 0.95)
+        assert 0.01 < edge.mean() < 0.15
+        rgb = found[name][edge]
+        pinkness = np.minimum(rgb[:, 0], rgb[:, 2]) - rgb[:, 1]
+        # the purple fin is the most of the key's hue that the object has
+        assert np.quantile(pinkness, 0.99) < 0.35
+        assert (found[name][..., 3][ndimage.binary_erosion(view[..., 3] > 0.99, iterations=5)] > 0.95).all()
+
+
+@pytest.mark.parametrize(
+    "colour", [(0.55, 0.2, 0.6), (0.98, 0.81, 0.18), (0.02, 0.02, 0.02), (1, 1, 1), (0.9, 0.45, 0.7)]
+)
+def test_alpha_and_colour_are_exact_whatever_the_objects_colour(colour):
+    view = disc(colour=colour)
+    found = cut_panel(over(view, MAGENTA), MAGENTA)
+    assert np.abs(found[..., 3] - view[..., 3]).max() < 0.08
+    assert np.abs(found[..., :3] - np.float32(colour))[found[..., 3] > 0.3].max() < 0.025
+
+
+def test_specks_go_small_holes_close_and_large_ones_stay():
+    view = disc()
+    view[60:63, 60:62, 3] = 0  # the model's slip inside the object
+    view[80:92, 60:72, 3] = 0  # a handle
+    view[5:9, 5:9] = (0.1, 0.1, 0.1, 1)  # a crumb in the corner
+    alpha = cut_panel(over(view, MAGENTA), MAGENTA)[..., 3]
+    assert (alpha[58:65, 58:64] == 1).all()
+    assert (alpha[83:89, 63:69] == 0).all()
+    assert alpha[:20, :20].max() == 0
+
+
+@pytest.mark.parametrize("background", [MAGENTA, WHITE])
+def test_empty_cut_and_divided_panels_are_named(background):
+    views = dict(truth())
+    views["left"] = np.zeros_like(views["left"])
+    views["back"] = shifted(views["back"], 30)
+    pair = np.maximum(disc(radius=18, centre=(0.5, 0.22)), disc(radius=18, centre=(0.5, 0.78)))
+    views["right"] = pair
+    found = sheet_to_views(sheet_of(views, background), background)
+    assert check_views(found, ("front",)) == []
+    empty, cut, pieces = check_views(found)[:3]
+    assert empty == "the left panel is empty"
+    assert cut == "the back panel: the object touches the bottom border, so it is cut off"
+    assert pieces == "the right panel: not one object but 2 that lie apart"
+
+
+@pytest.mark.parametrize("background", [MAGENTA, WHITE])
+def test_a_panel_of_one_colour_and_one_of_noise(background):
+    blank = np.broadcast_to(np.float32(background), (64, 64, 3))
+    assert cut_panel(blank, background)[..., 3].max() == 0
+    assert check_panel(cut_panel(blank, background), "it") == ["it is empty"]
+    full = np.full((64, 64, 3), 0.3, np.float32)
+    (sentence,) = check_panel(cut_panel(full, background))
+    assert sentence == "the panel: the object touches the border all around, so it is cut off"
+    noise = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+    assert check_panel(cut_panel(noise, background)) != []
+
+
+def test_what_is_the_same_in_several_panels_is_said_once():
+    views = {name: np.zeros((64, 64, 4), np.float32) for name in VIEW_NAMES}
+    assert grouped(check_views(views)) == ["the front, left, back and right panels are empty"]
+    views["left"][:, 20:40] = views["right"][:, 20:40] = 1
+    cut = "the left and right panels: the object touches the top and bottom border, so it is cut off"
+    assert grouped(check_views(views)) == ["the front and back panels are empty", cut]
+    views["back"][20:40, 20:40] = 1
+    sizes = check_views(views)[-1]
+    assert sizes.startswith("the panels show views of different size: ")
+    assert grouped(check_views(views)) == ["the front panel is empty", cut, sizes]
+
+
+def test_near_parts_are_one_object_and_far_small_ones_do_not_count():
+    near = np.maximum(disc(radius=20, centre=(0.5, 0.3)), disc(radius=20, centre=(0.5, 0.64)))
+    assert check_panel(near) == []
+    crumb = np.maximum(disc(radius=30), disc(radius=5, centre=(0.1, 0.1)))
+    assert check_panel(crumb) == []
+
+
+def test_views_of_different_height_are_named_with_their_heights():
+    views = {name: disc(radius=50) for name in VIEW_NAMES}
+    views["back"] = disc(radius=40)
+    assert check_views(views, ("front", "left", "right")) == []
+    (sentence,) = check_views(views)
+    assert sentence == (
+        "the panels show views of different size: the object's height is front 78%, left 78%, back 62%, right 78% of "
+        "the panel, back differs most"
+    )
+    views["back"] = disc(radius=44)
+    assert check_views(views) == []
+
+
+def test_a_sheet_of_wrong_shape_or_with_undefined_values():
+    for shape in ((4, 8, 8), (3, 8, 10), (3, 9, 9), (8, 8)):
+        with pytest.raises(TriptychError, match=r"a view sheet must be \(3, 2S, 2S\), got shape"):
+            sheet_to_views(torch.zeros(shape), MAGENTA)
+    found = sheet_to_views(torch.full((3, 64, 64), torch.nan), MAGENTA)
+    assert all(np.isfinite(view).all() for view in found.values())

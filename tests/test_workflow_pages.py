@@ -1,0 +1,139 @@
+"""The workflows as an artist meets them: opened in the editor of a real ComfyUI, in a real browser, and queued there."""
+
+import json
+
+import pytest
+from comfy_server import ROOT, ComfyServer, find_comfy
+from web_page import Page, needs_browser
+
+from triptych.geometry.files import write_obj
+from triptych.procedural import sample_object, sample_views
+
+FOUND = find_comfy()
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    needs_browser,
+    pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND)),
+]
+
+NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+API = {name: json.loads((ROOT / "workflows" / "api" / f"{name}.api.json").read_text()) for name in NAMES}
+SIDES = ("front", "left", "back", "right")
+READY = "window.app?.graph && app.canvas && window.LiteGraph?.registered_node_types['Triptych_Reconstruct']"
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory):
+    with ComfyServer(tmp_path_factory.mktemp("comfy")) as running:
+        client, folder = running.client(), tmp_path_factory.mktemp("files")
+        client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False})
+        for name, picture in sample_views(128).items():
+            picture.save(folder / f"{name}.png")
+            client.upload(f"{name}.png", (folder / f"{name}.png").read_bytes())
+        for path in write_obj(sample_object(), folder / "model.obj"):
+            client.upload(path.name, path.read_bytes())
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(comfy, tmp_path_factory):
+    with Page(tmp_path_factory.mktemp("profile"), width=1600, height=1000) as opened:
+        opened.goto(f"http://127.0.0.1:{comfy.port}/", until=READY, timeout_s=600)
+        yield opened
+
+
+def load(page, name):
+    """Opens a workflow as the template dialog does: its file from the server, loaded as a graph."""
+    content = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+    page.evaluate(f"app.loadGraphData({json.dumps(content)}, true, true, {json.dumps(name)})")
+    page.wait(f"app.graph._nodes.length === {len(content['nodes'])}")
+    return content
+
+
+def fit(page):
+    page.evaluate("app.canvas.fitViewToSelectionAnimated?.(); app.canvas.selectItems?.([]); 0")
+    page.evaluate(
+        "(() => { const all = app.graph._nodes, c = app.canvas, b = c.canvas.getBoundingClientRect();"
+        " const x0 = Math.min(...all.map(n => n.pos[0])) - 40, y0 = Math.min(...all.map(n => n.pos[1])) - 90;"
+        " const x1 = Math.max(...all.map(n => n.pos[0] + n.size[0])), y1 = Math.max(...all.map(n => n.pos[1] + n.size[1]));"
+        " c.ds.scale = Math.min(b.width / (x1 - x0 + 40), b.height / (y1 - y0 + 40));"
+        " c.ds.offset = [-x0, -y0]; app.graph.setDirtyCanvas(true, true); })()"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_whole_and_means_what_its_api_form_says(page, comfy, name):
+    content = load(page, name)
+    unknown = page.evaluate(
+        "app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type)"
+    )
+    assert unknown == []
+    dialogs = page.evaluate("[...document.querySelectorAll('.p-dialog')].map(d => d.innerText)")
+    assert dialogs == [], "the editor complains"
+    fit(page)
+    page.keep(f"workflow_{name}")
+    made = page.evaluate("app.graphToPrompt().then(p => p.output)")
+    wanted = API[name]
+    assert {key: node["class_type"] for key, node in made.items()} == {
+        key: node["class_type"] for key, node in wanted.items()
+    }
+    for key, node in wanted.items():
+        inputs = {k: v for k, v in made[key]["inputs"].items() if k != "upload"}
+        known = {k: v for k, v in node["inputs"].items() if k != "upload"}
+        assert {k: inputs.get(k) for k in known} == known, node["class_type"]
+        # An input that came after the files were written has its default.
+        assert set(inputs) >= set(known)
+    titles = {str(node["id"]): node.get("title") for node in content["nodes"]}
+    shown = page.evaluate("Object.fromEntries(app.graph._nodes.map(n => [n.id, n.title]))")
+    assert all(shown[key] == title for key, title in titles.items() if title)
+
+
+def test_a_workflow_is_queued_from_the_page(page, comfy):
+    load(page, "views_to_obj")
+    small = {
+        "Triptych_PrepareViews": {"size": 128},
+        "Triptych_Reconstruct": {"ensemble": 1, "steps": 1},
+        "Triptych_CleanMesh": {"target_faces": 1000},
+        "Triptych_TextureMesh": {"texture_size": 128},
+    }
+    for kind, values in small.items():
+        for widget, value in values.items():
+            found = f"app.graph._nodes.find(n => n.type === '{kind}').widgets.find(w => w.name === '{widget}')"
+            page.evaluate(f"{found}.value = {value}; 0")
+    page.evaluate("app.queuePrompt(0, 1)")
+    node = "app.graph._nodes.find(n => n.type === 'Triptych_Preview3D')"
+    page.wait(f"window.triptychViewers.get({node})?.host.dataset.ready === 'yes'", timeout_s=900)
+    fit(page)
+    page.keep("workflow_queued")
+    history = comfy.client().get("/history")
+    assert [entry["status"]["status_str"] for entry in history.values()] == ["success"]
+    suffixes = {path.suffix for path in (comfy.output / "mesh").iterdir()}
+    assert suffixes == {".obj", ".mtl", ".png"}
+
+
+def test_the_templates_are_offered_under_the_packs_name(page, comfy):
+    assert sorted(comfy.client().get("/workflow_templates")["triptych"]) == NAMES
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    entry = "[...document.querySelectorAll('.p-dialog *, [role=dialog] *')].find(e => !e.children.length && {})"
+    page.wait(entry.format("/triptych/i.test(e.textContent)"), timeout_s=120)
+    page.evaluate(f"{entry.format('/^triptych$/i.test(e.textContent.trim())')}?.click(); 0")
+    page.wait(entry.format(f"e.textContent.trim().replaceAll(' ', '_') === {json.dumps(NAMES[0])}"), timeout_s=120)
+    page.keep("workflow_templates")
+    texts = page.evaluate(
+        "[...document.querySelectorAll('.p-dialog *, [role=dialog] *')].filter(e => !e.children.length)"
+        ".map(e => e.textContent.trim().replaceAll(' ', '_'))"
+    )
+    assert set(NAMES) <= set(texts)
+    pictures = page.evaluate("[...document.querySelectorAll('.p-dialog img, [role=dialog] img')].map(i => i.src)")
+    ours = [src for src in pictures if "workflow_templates/triptych" in src]
+    assert len(ours) == len(NAMES)
+    page.evaluate(
+        "Promise.all([...document.querySelectorAll('.p-dialog img, [role=dialog] img')].map(i => i.decode().catch(() => 0)))"
+    )
+    loaded = page.evaluate(
+        "[...document.querySelectorAll('.p-dialog img, [role=dialog] img')]"
+        ".filter(i => i.src.includes('workflow_templates/triptych')).map(i => i.naturalWidth)"
+    )
+    assert all(width > 0 for width in loaded)
