@@ -53,6 +53,47 @@ def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dic
     write_files(folder, {"README.md": "\n".join(lines).encode()})
 
 
+def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dict]) -> None:
+    """``folder``/README.md of a Flux multi-view model; records: what is said of the training sheets, one a sheet."""
+    own = list({record["key"]: record for record in records}.values())
+    lines = [
+        f"# {folder.name}: words or views -> a sheet of four views",
+        "",
+        "A small model of FLUX.2 klein's architecture with weights of our own (Apache-2.0), from random ones: transformer,",
+        "autoencoder, text encoder and tokenizer in diffusers' layout, with the hash of every file in `views.json`.",
+        "`docs/flux_training.md` says how it is trained; it holds nothing of any published Flux checkpoint.",
+        "",
+        "## Training",
+        "",
+        "| stage | recipe | steps | samples | hours | device | commit |",
+        "|---|---|---|---|---|---|---|",
+        *[_stage(stage) for stage in _stages(provenance)],
+        "",
+        f"{len(records)} sheets of {len(own)} objects: the training split of the prepared data, as they are and recoloured,",
+        "mirrored and turned. Evaluation objects were not among them.",
+        "",
+        "## Quality",
+        "",
+        QUALITY_MARKS[0],
+        "not measured",
+        QUALITY_MARKS[1],
+        "",
+        "## Limits",
+        "",
+        "- Sheets of 256 px, 128 px a view. Soft: it predicts what a side view is like on average, not its details.",
+        "- English, lower case, and only the words in `views.json`; it has seen mostly stylised, low-poly objects.",
+        "- One object, level, cut out. What no view shows is made up.",
+        "",
+        "## Data and credits",
+        "",
+        "| licence | credit | objects |",
+        "|---|---|---|",
+        *_credits(own),
+        "",
+    ]
+    write_files(folder, {"README.md": "\n".join(lines).encode()})
+
+
 def fill_quality(card: Path, text: str) -> None:
     """Puts ``text`` between the card's quality marks."""
     before, rest = card.read_text(encoding="utf-8").split(QUALITY_MARKS[0])
