@@ -190,6 +190,10 @@ class FluxVaeTask(Task):
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
     def export(self, model: Any, folder: Path, provenance: dict[str, Any]) -> None:
-        """``vae/`` in diffusers' layout, bfloat16 but for the latents' statistics of the training sheets."""
+        """``vae/`` in diffusers' layout, bfloat16, with the latents' statistics of the training sheets."""
+        from trainer.export import without_places
+        from trainer.prepare.shards import write_json
+
         measure_statistics(model, self._sheets(self.data, self.config.statistics_sheets))
         model.to(torch.bfloat16).save_pretrained(folder / "vae")
+        write_json(folder / "flux_vae.json", without_places(provenance))
