@@ -178,8 +178,8 @@ class FluxPrepare(io.ComfyNode):
         given = prepared(sources, size, foreground)
         words, said = check_prompt(prompt, card, given is not None)
         text = fill_template(card, words, sources)
-        references = reference_pictures(given, card)
-        plan = Plan(card, given, size, (*(given.warnings if given is not None else ()), *said))
+        references, notes = reference_pictures(given, card)
+        plan = Plan(card, given, size, (*(given.warnings if given is not None else ()), *said, *notes))
         positive, unwanted = conditionings(clip, vae, text, negative, references, card)
         report = "\n".join([text, *plan.warnings])
         shown = blank(card) if references is None else references
@@ -326,16 +326,18 @@ def prepared(sources: dict[str, np.ndarray], size: int, foreground: str) -> View
     return prepare_views(dict(sources.items()), size=size, foreground=foreground) if sources else None
 
 
-def reference_pictures(given: ViewSet | None, card: ViewsCard) -> Tensor | None:
-    """The given views on the card's background as the model gets them: IMAGE (V, S, S, 3), in steps of 1/255."""
+def reference_pictures(given: ViewSet | None, card: ViewsCard) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The given views on the card's background as the model gets them: IMAGE (V, S, S, 3), in steps of 1/255; and
+    sentences about colours that the background has too."""
     import torch
 
     from ..triptych.pipelines.views import _references
 
-    if given is None:
-        return None
+    pictures, notes = _references(given, card)
+    if not pictures:
+        return None, notes
     # The other route hands 8-bit pictures to diffusers; so that both draw the same.
-    return images((torch.stack(_references(given, card)).clamp(0, 1) * 255).round() / 255)
+    return images((torch.stack(pictures).clamp(0, 1) * 255).round() / 255), notes
 
 
 def conditionings(
@@ -390,7 +392,7 @@ def put_together(
     sheet: Tensor, plan: Plan | None, colour: tuple[float, float, float], size: int
 ) -> tuple[ViewSet, tuple[str, ...]]:
     """The view set of a drawn IMAGE and the plan's given views, and all warnings."""
-    from ..triptych.flux.panels import check_views, sheet_to_views
+    from ..triptych.flux.panels import check_views, grouped, sheet_to_views
     from ..triptych.pipelines.views import _put_together
 
     given = plan.given if plan else None
@@ -399,7 +401,9 @@ def put_together(
     complaints = check_views(panels, missing)
     views, notes = _put_together(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
     if complaints:
-        complaints = [f"the drawn views are faulty: {'; '.join(complaints)}: try another seed or another prompt"]
+        complaints = [
+            f"the drawn views are faulty: {'; '.join(grouped(complaints))}: try another seed or another prompt"
+        ]
     warnings = tuple(dict.fromkeys([*(plan.warnings if plan else ()), *complaints, *notes]))
     return replace(views, warnings=warnings), warnings
 

@@ -12,9 +12,9 @@ import torch
 from scipy import ndimage
 
 from trainer import views_meshes
-from trainer.views_evaluation import COMPARED, LastSheet, evaluate_views, fitted_view
+from trainer.views_evaluation import LastSheet, evaluate_views, fitted_view
 from trainer.views_metrics import PSNR_CAP_DB, fitted, hull_agreement, surface_scores, view_scores
-from trainer.views_tables import markdown
+from trainer.views_tables import COMPARED, markdown
 from trainer.views_text import Known, colour_family, judged, ranked_nouns, rates, silhouettes_of
 from trainer.views_truth import PROTOCOL_FILE, load_protocol, lone, named, true_object
 from triptych.errors import TriptychError

@@ -3,8 +3,9 @@
 Counted: the transformer's weights as each way of training holds them (parameter counts of the published shapes, built
 on the meta device), adapters with gradients, AdamW's moments and EMA, and the activations of a backward pass with every
 block recomputed (gradient checkpointing), for sheets of 512, 768 and 1024 px with one reference and 512 text tokens.
-Activations are those of bfloat16 autocast; what one token keeps in a block was counted on small random models (tests
-compare), with the float32 inputs and outputs of norms added that autocast makes on CUDA but not on a CPU.
+Activations are those of bfloat16 autocast: what a token keeps in a block, and the peak of a whole backward pass, were
+counted on small random models (tests compare); to that the float32 inputs and outputs of norms are added, which
+autocast makes on CUDA but not on a CPU.
 
 Not counted: text encoder and autoencoder, which training with cached prompts loads only for pictures; what a framework
 and its kernels take for themselves. A tenth of the card is left for these and for fragmentation. An estimate: measured
@@ -54,6 +55,8 @@ KEPT = {
     ("flux1", "transformer_blocks"): Kept(46.2, 56.1, 2),
     ("flux1", "single_transformer_blocks"): Kept(44.1, 50.1, 1),
 }
+# What the backward pass of a block holds beside what is kept, over that: measured peaks on the same models.
+_BACKWARD = {"flux2": 0.57, "flux1": 0.92}
 _NORM_BYTES = 6  # more on CUDA: the input as a float32 copy, the output in float32 rather than bfloat16
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,7 +112,7 @@ class FluxShape:
         return self.width * coefficient + own
 
     def activations(self, mode: str, tokens: int, *, recompute: bool = True, cuda: bool = True) -> float:
-        """Bytes of one sample's backward pass; one block at a time is there whole when blocks are recomputed."""
+        """Bytes that autograd keeps of one sample; one block at a time is there whole when blocks are recomputed."""
         kinds = [kind for kind, count in self.blocks.items() for _ in range(count)]
         # Embedded tokens, and the last norm's input and output.
         rest = tokens * self.width * (4.0 + (_NORM_BYTES if cuda else 0))
@@ -117,8 +120,11 @@ class FluxShape:
             return tokens * sum(self.kept(kind, mode, cuda) for kind in kinds) + rest
         return tokens * (2.0 * self.width * len(kinds) + max(self.kept(kind, mode, cuda) for kind in kinds)) + rest
 
-    def total(self, mode: str, tokens: int, batch: int) -> float:
-        return sum(self.static(mode).values()) + batch * self.activations(mode, tokens)
+    def sample(self, mode: str, tokens: int, *, recompute: bool = True, cuda: bool = True) -> float:
+        """Bytes of one sample at the peak of its backward pass."""
+        largest = max(self.kept(kind, mode, cuda) for kind in self.blocks)
+        kept = self.activations(mode, tokens, recompute=recompute, cuda=cuda)
+        return kept + _BACKWARD[self.family] * tokens * largest
 
 
 def sheet_tokens(sheet_px: int, references: int = 1, text_tokens: int = TEXT_TOKENS) -> int:
@@ -195,7 +201,7 @@ class Fit:
 
 def fit(shape: FluxShape, mode: str, card_gib: int) -> Fit:
     room = USABLE * card_gib * GIB - sum(shape.static(mode).values())
-    batches = (int(room // shape.activations(mode, sheet_tokens(size))) for size in SHEETS_PX)
+    batches = (int(room // shape.sample(mode, sheet_tokens(size))) for size in SHEETS_PX)
     return Fit(mode, card_gib, tuple(max(0, batch) for batch in batches))
 
 
@@ -240,9 +246,9 @@ def plan_text(config: Any, cards_gib: Sequence[int] | None, batch: int) -> str:
     for mode in MODES:
         parts = shape.static(mode)
         lines.append(f"{mode:<24}" + "".join(f"{v / GIB:>12.2f}" for v in (*parts.values(), sum(parts.values()))))
-    lines += ["", f"{'GiB of activations':<24}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX)]
+    lines += ["", f"{'GiB of one sample':<24}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX)]
     for name, recompute in (("blocks recomputed", True), ("nothing recomputed", False)):
-        sizes = (shape.activations(own, sheet_tokens(size), recompute=recompute) / GIB for size in SHEETS_PX)
+        sizes = (shape.sample(own, sheet_tokens(size), recompute=recompute) / GIB for size in SHEETS_PX)
         lines.append(f"{name:<24}" + "".join(f"{size:>12.2f}" for size in sizes))
     lines += ["", "largest batch of one backward pass, blocks recomputed"]
     lines.append(f"{'card':<8}{'training':<18}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX))

@@ -28,6 +28,7 @@ from scipy import ndimage
 
 from trainer.prepare.shards import write_json
 from trainer.views_metrics import Lpips, hull_agreement, load_lpips, silhouette, view_scores
+from trainer.views_tables import COMPARED, summary
 from trainer.views_truth import Protocol, TrueObject, lone, named, true_object, true_views
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.files import resize_premultiplied
@@ -38,7 +39,6 @@ from triptych.render.sheets import contact_sheet
 if TYPE_CHECKING:
     from triptych.flux.backend import FluxViews
 
-COMPARED = VIEW_NAMES[1:]
 OBJECTS_PER_PAGE = 8
 
 Panels = dict[str, np.ndarray]  # view name -> (S, S, 4) float32, sRGB, straight alpha
@@ -235,65 +235,6 @@ def _ceilings(model: FluxViews, item: TrueObject) -> list[tuple[str, Panels]]:
             decoded = vae.decode(latent).sample[0].float().cpu() / 2 + 0.5
         found.append(("truth through the VAE", sheet_to_views(decoded.clamp(0, 1), card.background)))
     return found
-
-
-def summary(model: FluxViews, protocol: Protocol, rows: list[dict[str, Any]], changed: list[str]) -> dict[str, Any]:
-    """Means over the objects, beside the rows themselves."""
-    card = model.card
-    methods = rows[0]["views"]
-    result: dict[str, Any] = {
-        "protocol": {
-            "version": protocol.version,
-            "metrics_version": protocol.metrics_version,
-            "objects": len({row["id"] for row in rows}),
-            "of": len(protocol.pixels),
-            "pixels_changed": changed,
-        },
-        "model": {
-            "name": card.name,
-            "architecture": card.architecture,
-            "panel_size": card.panel_size,
-            "steps": card.steps if protocol.steps is None else protocol.steps,
-            "guidance": card.guidance if protocol.guidance is None else protocol.guidance,
-            "seeds": list(protocol.seeds),
-            "sheet_s": float(np.median([row["sheet_s"] for row in rows])),
-        },
-        "views": {method: _means_by_view([row["views"][method] for row in rows]) for method in methods},
-        "hull": {method: _mean([row["hull"][method] for row in rows]) for method in rows[0]["hull"]},
-        "wins": _wins(rows),
-    }
-    for method, values in result["hull"].items():
-        result["hull"][method]["mean"] = float(np.mean([values[name] for name in VIEW_NAMES]))
-    if "meshes" in rows[0]:
-        result["meshes"] = {name: _mean([row["meshes"][name] for row in rows]) for name in rows[0]["meshes"]}
-    return result | {"objects": rows}
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-
-
-def _means_by_view(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    means = {name: _mean([row[name] for row in rows]) for name in COMPARED}
-    return means | {"mean": _mean([means[name] for name in COMPARED])}
-
-
-def _wins(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of objects on which the model beats the better copy of the front, by metric; and the photograph alone."""
-
-    def of(row: dict[str, Any], method: str, key: str) -> float:
-        return float(np.mean([row["views"][method][name][key] for name in COMPARED]))
-
-    wins = {
-        key: float(
-            np.mean([of(r, "model", key) > max(of(r, m, key) for m in ("photo copied", "front copied")) for r in rows])
-        )
-        for key in ("psnr", "ssim", "iou")
-    }
-    for scale in ("", ", lone") if "meshes" in rows[0] else ():
-        pairs = [(r["meshes"][f"photo + generated{scale}"], r["meshes"][f"photo{scale}"]) for r in rows]
-        wins[f"chamfer{scale}"] = float(np.mean([ours["chamfer"] < photo["chamfer"] for ours, photo in pairs]))
-    return wins
 
 
 def _sentence(row: dict[str, Any]) -> str:

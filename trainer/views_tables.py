@@ -1,11 +1,19 @@
-"""The report of ``evaluate_views`` as markdown."""
+"""The report of ``evaluate_views``: means over the objects, and markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from trainer.views_truth import Protocol
 from triptych.geometry.cameras import VIEW_NAMES
+
+if TYPE_CHECKING:
+    from triptych.flux.backend import FluxViews
+
+COMPARED = VIEW_NAMES[1:]
 
 _PIXELS = {"psnr": ("PSNR", ".2f"), "ssim": ("SSIM", ".3f"), "iou": ("IoU", ".3f"), "lpips": ("LPIPS", ".3f")}
 _SURFACES = {
@@ -18,6 +26,65 @@ _SURFACES = {
     "fitted_f0.05": ("F@.05", ".3f"),
     "failed": ("failed", ".2f"),
 }
+
+
+def summary(model: FluxViews, protocol: Protocol, rows: list[dict[str, Any]], changed: list[str]) -> dict[str, Any]:
+    """Means over the objects, beside the rows themselves."""
+    card = model.card
+    methods = rows[0]["views"]
+    result: dict[str, Any] = {
+        "protocol": {
+            "version": protocol.version,
+            "metrics_version": protocol.metrics_version,
+            "objects": len({row["id"] for row in rows}),
+            "of": len(protocol.pixels),
+            "pixels_changed": changed,
+        },
+        "model": {
+            "name": card.name,
+            "architecture": card.architecture,
+            "panel_size": card.panel_size,
+            "steps": card.steps if protocol.steps is None else protocol.steps,
+            "guidance": card.guidance if protocol.guidance is None else protocol.guidance,
+            "seeds": list(protocol.seeds),
+            "sheet_s": float(np.median([row["sheet_s"] for row in rows])),
+        },
+        "views": {method: _means_by_view([row["views"][method] for row in rows]) for method in methods},
+        "hull": {method: _mean([row["hull"][method] for row in rows]) for method in rows[0]["hull"]},
+        "wins": _wins(rows),
+    }
+    for method, values in result["hull"].items():
+        result["hull"][method]["mean"] = float(np.mean([values[name] for name in VIEW_NAMES]))
+    if "meshes" in rows[0]:
+        result["meshes"] = {name: _mean([row["meshes"][name] for row in rows]) for name in rows[0]["meshes"]}
+    return result | {"objects": rows}
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def _means_by_view(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    means = {name: _mean([row[name] for row in rows]) for name in COMPARED}
+    return means | {"mean": _mean([means[name] for name in COMPARED])}
+
+
+def _wins(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of objects on which the model beats the better copy of the front, by metric; and the photograph alone."""
+
+    def of(row: dict[str, Any], method: str, key: str) -> float:
+        return float(np.mean([row["views"][method][name][key] for name in COMPARED]))
+
+    wins = {
+        key: float(
+            np.mean([of(r, "model", key) > max(of(r, m, key) for m in ("photo copied", "front copied")) for r in rows])
+        )
+        for key in ("psnr", "ssim", "iou")
+    }
+    for scale in ("", ", lone") if "meshes" in rows[0] else ():
+        pairs = [(r["meshes"][f"photo + generated{scale}"], r["meshes"][f"photo{scale}"]) for r in rows]
+        wins[f"chamfer{scale}"] = float(np.mean([ours["chamfer"] < photo["chamfer"] for ours, photo in pairs]))
+    return wins
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -41,8 +108,8 @@ def _heading(report: Mapping[str, Any]) -> str:
         )
     return (
         f"{model['name']}: {protocol['objects']} of {protocol['of']} objects, protocol {protocol['version']}, "
-        f"{pixels}, seeds {', '.join(map(str, model['seeds']))}, {model['steps']} steps, guidance {model['guidance']:g}, "
-        f"{model['sheet_s']:.1f} s a sheet (median)"
+        f"{pixels}, seeds {', '.join(map(str, model['seeds']))}, {model['steps']} steps, "
+        f"guidance {model['guidance']:g}, {model['sheet_s']:.1f} s a sheet (median)"
     )
 
 

@@ -37,7 +37,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from trainer.data import relight, symmetric_sample
+from trainer.data import PreparedData, relight, symmetric_sample
 from trainer.order import stream_seed
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import FRAME_FILL, VIEW_AZIMUTHS_DEG, Camera
@@ -96,6 +96,8 @@ def photograph(mesh: Mesh, options: PhotoOptions, seed: int) -> dict[str, np.nda
     cameras = photo_cameras(mesh, options, np.random.default_rng(seed))
     with torch.inference_mode():
         views = render_views(mesh, cameras, options.size)
+    if not (views.alpha.flatten(1) > 0).any(dim=1).all():
+        raise TriptychError("one of its photographs is empty: the object has no width there")
     rgba = torch.cat([views.albedo, views.alpha], dim=1).permute(0, 2, 3, 1)
     facts = [[camera.azimuth_deg, camera.elevation_deg, camera.fov_deg] for camera in cameras]
     return {
@@ -235,7 +237,8 @@ def photo_references(
     """Reference pictures of photographs under a random light: (V, 3, S, S) float32 sRGB 0-1.
 
     They are brought to one height and to the frame, as `prepare_views` does with given views, on the background; a
-    share ``uncut`` of the samples stays where the camera saw it, before something plain, graded or noisy.
+    share ``uncut`` of the samples stays where the camera saw it, before something plain, graded or noisy. Raises
+    TriptychError when a view is empty.
     """
     rotations = camera_rotations(photos["cameras"])
     lit = relight(photos["albedo"], photos["normal"], generator, views, PLAIN, rotations)
@@ -284,12 +287,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--photos", nargs="+", type=Path, metavar="SOURCE", help="also photograph: the folders DATA was prepared from"
     )
     parser.add_argument("--photo-share", type=float, default=0.5, help="of the sheets whose references are photographs")
-    parser.add_argument("--uncut", type=float, default=0.0, help="share of the photographs that are not cut out")
+    parser.add_argument("--uncut", type=float, default=0.0, help="share of these that are not cut out")
 
 
-def photograph_all(data: Sequence[Path], sources: Sequence[Path], size: int, workers: int | None) -> Iterator[str]:
-    """Photographs every folder; one sentence each."""
+def photograph_all(data: Sequence[Path], sources: Sequence[Path], workers: int | None = None) -> Iterator[str]:
+    """Photographs every folder at the size of its prepared views; one sentence each."""
     for folder in data:
+        size = int(PreparedData(folder, "train").options["view_size"])
         made = photograph_folder(
             folder, sources, PhotoOptions(size=size), workers=_cores() if workers is None else workers
         )
