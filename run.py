@@ -22,9 +22,9 @@ from pathlib import Path
 USAGE = """\
 usage: python run.py demo [IMAGE ...] [--front F] [--left L] [--back B] [--right R] [-o DIR]
            pictures of one object -> textured OBJ, GLB, turntable and viewer.html in DIR (default: out);
-           without pictures, views of a small sample object
+           without pictures, views of a small sample object; of one picture, the other sides are generated
        python run.py test [pytest arguments]      lint, types and tests; with arguments, only pytest
-       python run.py views|convert|render|inspect|compare|parity|api ...   the same as python -m triptych ...
+       python run.py generate|views|convert|render|inspect|compare|parity|api ...   the same as python -m triptych ...
        python run.py trainer ...                  the same as python -m trainer ...
        python run.py web [--force]                builds the viewer, the ComfyUI widget and the studio page
        python run.py clean                        removes .venv
@@ -36,7 +36,7 @@ TORCH_TESTED = "torch==2.13.0"
 TORCH_ANY = "torch>=2.4"
 STAMP = "triptych-stamp.json"
 LOG = "triptych-install.log"
-LIBRARY_COMMANDS = ("demo", "views", "convert", "render", "inspect", "compare", "parity", "api")
+LIBRARY_COMMANDS = ("demo", "generate", "views", "convert", "render", "inspect", "compare", "parity", "api")
 
 # What to do about a failed installation, by what its log says.
 REMEDIES = (

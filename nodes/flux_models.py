@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CARD_ATTRIBUTE = "triptych_card"  # on the VAE: how the model wants to be asked
 HEAD = 128  # channels of an attention head, which ComfyUI fixes for FLUX.2 and for Qwen3
+TEXT_TOKENS = 512  # ComfyUI puts zeros before a shorter text, which diffusers does not
 LAYERS = [9, 18, 27]  # of the text encoder, whose states klein reads
 FLOAT32_BYTES = 1e9  # networks below that are kept in float32: rounding shows in small ones, and costs nothing
 
@@ -41,6 +42,11 @@ def load_small_klein(folder: Path) -> tuple[Any, Any, Any]:
     if (folder / "views.json").is_file():
         card = read_card(folder)
         verify_files(folder, card)
+    if card.max_sequence_length < TEXT_TOKENS:
+        raise TriptychError(
+            f"{card.name} reads {card.max_sequence_length} tokens of text, and ComfyUI fills FLUX.2's text up to "
+            f"{TEXT_TOKENS}, which would change its pictures: use Load Flux views model and Flux views instead"
+        )
     vae = load_vae(folder / "vae")
     setattr(vae, CARD_ATTRIBUTE, card)
     return load_model(folder), load_clip(folder, card.max_sequence_length), vae

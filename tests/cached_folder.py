@@ -35,5 +35,5 @@ def write_cached_folder(folder: Path, objects: int = 8, views: int = 4) -> Path:
         }
         split = "validation" if number >= objects - 2 else "train"
         records.append(write_object(folder, f"object_{number}", split, **arrays))
-    write_index(folder, records, TOKENS, COND_CHANNELS)
+    write_index(folder, records)
     return folder

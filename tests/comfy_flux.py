@@ -106,11 +106,12 @@ def route(job: dict[str, Any], given: dict[str, torch.Tensor]) -> tuple[dict[str
         told[name]["info"] = split.args[8]
     views, sheet, mask, *sides, masks, info = flux_native.FluxSplit.execute(given["sheet"], "magenta", 64).args
     made |= {"split.views": views.images, "split.sheet": sheet, "split.sides": torch.cat(sides)}
-    return made, told | {"refusals": refusals(flux_native, flux_models, clip, vae, job["settings"], given["photo"])}
+    return made, told | {"refusals": refusals(flux_native, flux_models, clip, vae, job, given["photo"])}
 
 
-def refusals(native: ModuleType, models: ModuleType, clip: Any, vae: Any, settings: dict, photo: Any) -> list[str]:
+def refusals(native: ModuleType, models: ModuleType, clip: Any, vae: Any, job: dict, photo: Any) -> list[str]:
     """What the nodes say to settings that cannot work."""
+    settings, short = job["settings"], job["short"]
     four = dict.fromkeys(("front", "left", "back", "right"), photo)
     other = type("Other", (), {"latent_channels": 4})()
     wrong = [
@@ -122,6 +123,7 @@ def refusals(native: ModuleType, models: ModuleType, clip: Any, vae: Any, settin
         lambda: native.FluxSplit.execute(torch.cat([photo, photo]), "white", 0),
         lambda: native.FluxSplit.execute(photo, "white", 0),
         lambda: models.load_small_klein(FOLDER),
+        lambda: models.load_small_klein(Path(short)),
     ]
     said = []
     for call in wrong:

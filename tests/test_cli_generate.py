@@ -85,13 +85,10 @@ def test_a_sentence_becomes_a_mesh_with_its_views_beside_it(fake, bundle, tmp_pa
         assert cell.shape == (512, 512, 4), name
         assert ((cell[..., 3] > 0.5) & (other > 0.5)).sum() / ((cell[..., 3] > 0.5) | (other > 0.5)).sum() > 0.97
     assert fake.calls[0]["seed"] == 4 and fake.unloaded == 1
-    # the sheet, given to `views`, is the same job
-    code, stdout, _ = run(
-        capsys, "views", "--sheet", tmp_path / "chair_views.png", "-o", tmp_path / "again.obj", "--bundle", bundle,
-        "--seed", 4, *SMALL,
-    )  # fmt: skip
-    assert code == 0
-    assert np.allclose(read_mesh(tmp_path / "again.obj").bounds, read_mesh(out).bounds, atol=0.03)
+    # `views --sheet` sees the same views again, but for 8-bit rounding
+    again = prepare_views(dict(cells.items()), size=512).masks.numpy()
+    for cell, mask in zip(cells.values(), again, strict=True):
+        assert np.abs(cell[..., 3] - mask).mean() < 0.003
     # and a second run keeps the first one's files
     code, stdout, _ = run(capsys, *words)
     assert code == 0 and str(tmp_path / "chair_00002_views.png") in json.loads(stdout)["files"]

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import ROOT, ComfyServer, find_comfy
-from flux_tiny import klein_folder, klein_pipeline, kontext_folder, kontext_pipeline
+from flux_tiny import (
+    copied,
+    klein_folder,
+    klein_pipeline,
+    kontext_folder,
+    kontext_pipeline,
+    write_klein_card,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -70,7 +77,7 @@ pytestmark = [
 
 
 def lora_of(transformer, architecture: str, path: Path) -> Path:
-    """A random LoRA of every layer that may have one, with alpha != rank, as PEFT trains it; the transformer keeps none.
+    """A random LoRA of every layer that may have one, alpha != rank, as PEFT trains it; the transformer keeps none.
 
     So it tests the default targets, and that what `not_mappable` does not name is really not dropped.
     """
@@ -83,6 +90,14 @@ def lora_of(transformer, architecture: str, path: Path) -> Path:
     save_lora(path, get_peft_model_state_dict(transformer), RANK, ALPHA, "a small model", architecture)
     transformer.unload_lora()
     return path
+
+
+@pytest.fixture(scope="module")
+def small_klein(tmp_path_factory) -> Path:
+    """A random klein that reads as many tokens as ComfyUI makes of every text."""
+    folder = copied(klein_folder(), tmp_path_factory.mktemp("models") / "small")
+    write_klein_card(folder, max_sequence_length=512)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +128,7 @@ def inputs(photo, drawn) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def comfy(tmp_path_factory, inputs) -> tuple[dict[str, torch.Tensor], dict, Path]:
+def comfy(tmp_path_factory, inputs, small_klein) -> tuple[dict[str, torch.Tensor], dict, Path]:
     """What ComfyUI made of the exports, the LoRAs and the native route; and the folder with the files."""
     folder = tmp_path_factory.mktemp("job")
     save_file(inputs, folder / "inputs.safetensors")
@@ -130,7 +145,8 @@ def comfy(tmp_path_factory, inputs) -> tuple[dict[str, torch.Tensor], dict, Path
             }
             for name in loras
         },
-        "folder": str(klein_folder(card=True)),
+        "folder": str(small_klein),
+        "short": str(klein_folder(card=True)),
         "settings": SETTINGS,
         "seed": SEED,
         "guidance": GUIDANCE,
@@ -208,11 +224,11 @@ def test_the_vae_node_gives_diffusers_pictures(comfy, photo):
 
 
 @pytest.mark.parametrize("name", ROUTES)
-def test_the_native_route_draws_what_the_other_route_draws(comfy, name):
+def test_the_native_route_draws_what_the_other_route_draws(comfy, small_klein, name):
     found, told, folder = comfy
     strength = ROUTES[name].get("strength")
     lora = folder / "klein_lora.safetensors" if strength else None
-    model = load_flux_views(klein_folder(card=True), lora=lora, lora_strength=strength or 1.0)
+    model = load_flux_views(small_klein, lora=lora, lora_strength=strength or 1.0)
     views = ROUTES[name]["views"]
     text = f"{ROUTES[name]['prompt']}. given: {', '.join(views) or 'nothing'}."
     assert told[name]["text"].split("\n")[0] == text
@@ -261,6 +277,7 @@ def test_what_cannot_work_is_said(comfy):
         "the sheet is a batch of 2 pictures",
         "a view sheet must be",
         "model_index.json cannot be read",
+        "random klein reads 64 tokens of text, and ComfyUI fills FLUX.2's text up to 512",
     ]
     said = comfy[1]["refusals"]
     assert len(said) == len(wanted)
@@ -297,7 +314,7 @@ def with_tiny_loaders(graph: dict, model: str, lora: str) -> dict:
 
 
 @pytest.mark.slow
-def test_the_workflow_makes_an_obj_through_comfyuis_sampler(tmp_path, comfy, photo, monkeypatch):
+def test_the_workflow_makes_an_obj_through_comfyuis_sampler(tmp_path, comfy, small_klein, photo, monkeypatch):
     monkeypatch.setenv("COMFYUI_DIR", str(FOUND[0]))
     graph = json.loads((ROOT / "workflows" / "api" / "photo_to_obj_klein.api.json").read_text())
     (tmp_path / "input").mkdir()
@@ -305,7 +322,7 @@ def test_the_workflow_makes_an_obj_through_comfyuis_sampler(tmp_path, comfy, pho
     Image.fromarray(pixels).save(tmp_path / "input" / "front.png")
     for place in ("models/triptych", "models/loras"):
         (tmp_path / place).mkdir(parents=True)
-    (tmp_path / "models" / "triptych" / "small").symlink_to(klein_folder(card=True), target_is_directory=True)
+    (tmp_path / "models" / "triptych" / "small").symlink_to(small_klein, target_is_directory=True)
     (tmp_path / "models" / "loras" / "views.safetensors").symlink_to(comfy[2] / "klein_lora.safetensors")
     with ComfyServer(tmp_path) as server:
         result = server.client().run(with_tiny_loaders(graph, "small", "views.safetensors"))

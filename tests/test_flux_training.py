@@ -28,6 +28,7 @@ from trainer.flux_base import (  # noqa: E402
     LoraSettings,
     Words,
     add_adapters,
+    encoded_references,
     find_base,
     training_transformer,
     velocity_of,
@@ -283,7 +284,9 @@ def test_what_cannot_be_trained_is_said(klein_sheets, tmp_path):
             training_transformer(base, LoraSettings(rank=2, targets=targets), "none", False)
     other = copied(klein_folder(), tmp_path / "other")
     weights = other / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({key: tensor + 0 for key, tensor in load_file(weights).items()} | {"more": torch.zeros(1)}, str(weights))
+    save_file(
+        {key: tensor + (key == "encoder.conv_in.weight") for key, tensor in load_file(weights).items()}, str(weights)
+    )
     task = FluxViewsTask(views_config(klein_sheets, other))
     with pytest.raises(TriptychError, match="another autoencoder"):
         task.setup(torch.device("cpu"))
@@ -412,7 +415,7 @@ def test_tokens_of_flux1_are_those_of_the_published_pipeline(text_only, given):
     words = Words(*pipe.encode_prompt("a chair", None, max_sequence_length=24)[:2])
     parts = FrozenParts(kontext_folder(), torch.device("cpu"), "flux1-kontext")
     parts._loaded["vae"] = pipe.vae
-    own = parts.encode_references(views)[None] if given else None
+    own = encoded_references(parts.encode, [views], joined=True)[None] if given else None
     with torch.no_grad():
         ours = velocity_of(pipe.transformer, noise, torch.ones(1), words, own, 2.5)
         assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
@@ -468,7 +471,11 @@ def photographed(tmp_path_factory) -> tuple[Path, Path]:
         parts[1].apply_translation((0.35, 0.3, 0.2))
         trimesh.util.concatenate(parts).export(source / f"{i}.ply")
     prepare(find_sources([source]), out, BuildOptions(yaws=2, view_size=64), workers=0)
-    made = photograph_folder(out, [source], PhotoOptions(size=48), workers=0)
+    index = json.loads((out / "index.json").read_text())
+    for i, record in enumerate(index["records"]):
+        record["split"] = "train" if i else "validation"
+    (out / "index.json").write_text(json.dumps(index))
+    made = photograph_folder(out, [source], PhotoOptions(size=64), workers=0)
     assert made == {"samples": 6, "skipped": 0, "absent": 0}
     return out, source
 
@@ -486,7 +493,7 @@ def test_photographs_go_on_and_show_the_prepared_object(photographed):
             assert (np.abs(aside) <= 10).all() and (facts[:, 1] >= -15).all() and (facts[:, 1] <= 30).all()
             assert (facts[:, 2] >= 15).all() and (facts[:, 2] <= 50).all()
             mesh = turned(read_mesh(source / Path(record["key"]).with_suffix(".ply").name).normalized(), yaw)
-            again = photograph(mesh, PhotoOptions(size=48), stream_seed(0, f"photo/{record['key']}", row))
+            again = photograph(mesh, PhotoOptions(size=64), stream_seed(0, f"photo/{record['key']}", row))
             assert all(np.array_equal(found[key], again[key]) for key in again)
             alpha = found["albedo"][..., 3]
             assert not alpha[:, 0].any() and not alpha[:, -1].any() and not alpha[:, :, [0, -1]].any()
@@ -495,7 +502,7 @@ def test_photographs_go_on_and_show_the_prepared_object(photographed):
     file = next((data / "photos").glob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-3])
-    photograph_folder(data, [source], PhotoOptions(size=48), workers=0)
+    photograph_folder(data, [source], PhotoOptions(size=64), workers=0)
     assert file.read_bytes() == whole
     with pytest.raises(TriptychError, match="other options"):
         photograph_folder(data, [source], PhotoOptions(size=32), workers=0)

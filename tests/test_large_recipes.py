@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.cached_folder import TOKENS, write_cached_folder
-from tests.published_folder import COND_CHANNELS, MEAN, STD, small_network, write_published_folder
+from tests.cached_folder import write_cached_folder
+from tests.published_folder import COND_CHANNELS, MEAN, STD, write_published_folder
 from trainer.__main__ import main
-from trainer.cached import SURFACE, CachedData, cache_prepared, published_volume
+from trainer.cached import CachedData
 from trainer.config import TrainConfig, build_task, config_from_dict, config_to_dict
 from trainer.logs import read_log
 from trainer.loop import export, train
@@ -163,37 +163,6 @@ def test_a_cache_that_does_not_fit_is_refused(cache, tmp_path) -> None:
     (tmp_path / "index.json").write_text('{"format": 1, "records": [{}]}')
     with pytest.raises(TriptychError, match="is damaged"):
         CachedData(tmp_path, "train", "structure")
-
-
-def test_prepared_data_is_cached(tmp_path, monkeypatch) -> None:
-    """Latents are the encoder's of the surface voxels in the published frame; tokens are of the stored pictures."""
-    from trainer import cached
-
-    generator = np.random.default_rng(0)
-    item = {
-        "albedo": generator.integers(0, 256, (4, 32, 32, 4), dtype=np.uint8),
-        "normal": generator.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8),
-        "sdf": generator.integers(-127, 128, (16, 16, 16)).astype(np.int8),
-    }
-    monkeypatch.setattr(cached, "_prepared", lambda data, split, limit: [(0, f"{split}_0", item | {"band": 2.0})])
-    encoder = small_network("structure_encoder")
-    encoder.convert_to(torch.float32)
-
-    def tokens_of(pictures: Tensor) -> Tensor:
-        assert pictures.shape == (4, 3, 28, 28) and pictures.min() >= 0 and pictures.max() <= 1
-        return pictures.flatten(1).unflatten(1, (TOKENS, -1))[..., :COND_CHANNELS]
-
-    made = cache_prepared(tmp_path, tmp_path / "out", encoder, tokens_of, image_size=16, encoder_size=28)  # type: ignore[arg-type]
-    assert made == 2
-    data = CachedData(tmp_path / "out", "train", "images")
-    assert (len(data), data.tokens, data.channels) == (1, TOKENS, COND_CHANNELS)
-    surface = np.abs(item["sdf"].astype(np.float32)) * (2 / 127) < SURFACE
-    solid = torch.from_numpy(published_volume(surface).astype(np.float32))[None, None]
-    assert torch.equal(data.read(0, "structure")["structure"], encoder(solid)[0])
-    assert data.views(0, "images", [1, 3]).shape == (2, 4, 16, 16)
-    assert data.views(0, "azimuths", [0, 1, 2, 3]).tolist() == [0, 90, 180, 270]
-    with pytest.raises(TriptychError, match="no objects with latents"):
-        CachedData(tmp_path / "out", "train", "latents")
 
 
 # ---- the memory plan

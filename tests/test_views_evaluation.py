@@ -274,7 +274,7 @@ def tiny_bundle(tmp_path) -> SimpleNamespace:
 
 
 def test_reconstruction_from_true_panels_is_the_ceiling_and_is_kept(data_dir, hulls, tmp_path) -> None:
-    protocol = replace(PROTOCOL, meshes=PROTOCOL.meshes | {"samples": 4000, "view_px": 128})
+    protocol = replace(PROTOCOL, photo_px=128, meshes=PROTOCOL.meshes | {"samples": 2000, "view_px": 96})
     item = true_object(protocol, data_dir, protocol.object_ids()[13])  # a shoe, longer than the front tells
     model = KnownModel(data_dir, "truth", 1)
     model.sheets = [item.truth]
@@ -292,7 +292,7 @@ def test_reconstruction_from_true_panels_is_the_ceiling_and_is_kept(data_dir, hu
 
 
 def test_an_empty_panel_fails_the_reconstruction_and_is_counted(data_dir, hulls, tmp_path) -> None:
-    protocol = replace(PROTOCOL, meshes=PROTOCOL.meshes | {"samples": 500, "view_px": 64})
+    protocol = replace(PROTOCOL, photo_px=64, meshes=PROTOCOL.meshes | {"samples": 500, "view_px": 64})
     item = true_object(protocol, data_dir, protocol.object_ids()[0])
     model = KnownModel(data_dir, "truth", 1)
     panels = named(item.truth) | {"back": np.zeros_like(item.truth[0])}

@@ -1,4 +1,4 @@
-"""The workflows as an artist meets them: opened in the editor of a real ComfyUI, in a real browser, and queued there."""
+"""The workflows as an artist meets them: opened in the editor of a real ComfyUI, in a browser, and queued there."""
 
 import json
 
@@ -57,7 +57,8 @@ def fit(page):
     page.evaluate(
         "(() => { const all = app.graph._nodes, c = app.canvas, b = c.canvas.getBoundingClientRect();"
         " const x0 = Math.min(...all.map(n => n.pos[0])) - 40, y0 = Math.min(...all.map(n => n.pos[1])) - 90;"
-        " const x1 = Math.max(...all.map(n => n.pos[0] + n.size[0])), y1 = Math.max(...all.map(n => n.pos[1] + n.size[1]));"
+        " const x1 = Math.max(...all.map(n => n.pos[0] + n.size[0]));"
+        " const y1 = Math.max(...all.map(n => n.pos[1] + n.size[1]));"
         " c.ds.scale = Math.min(b.width / (x1 - x0 + 40), b.height / (y1 - y0 + 40));"
         " c.ds.offset = [-x0, -y0]; app.graph.setDirtyCanvas(true, true); })()"
     )
@@ -130,7 +131,8 @@ def test_the_templates_are_offered_under_the_packs_name(page, comfy):
     ours = [src for src in pictures if "workflow_templates/triptych" in src]
     assert len(ours) == len(NAMES)
     page.evaluate(
-        "Promise.all([...document.querySelectorAll('.p-dialog img, [role=dialog] img')].map(i => i.decode().catch(() => 0)))"
+        "Promise.all([...document.querySelectorAll('.p-dialog img, [role=dialog] img')]"
+        ".map(i => i.decode().catch(() => 0)))"
     )
     loaded = page.evaluate(
         "[...document.querySelectorAll('.p-dialog img, [role=dialog] img')]"

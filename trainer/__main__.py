@@ -1,4 +1,5 @@
-"""python -m trainer {prepare, structure, predict, primitives, sheets, plan, train, resume, evaluate, export, join}.
+"""python -m trainer COMMAND: prepare, structure, predict, latents, primitives, sheets, plan, train, resume, evaluate,
+export, join.
 
 Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
 (one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
@@ -98,6 +99,12 @@ def _predict(args: argparse.Namespace) -> int:
     return predict(args)
 
 
+def _latents(args: argparse.Namespace) -> int:
+    from trainer.prepare.latents import main as latents
+
+    return latents(args)
+
+
 def _sheets(args: argparse.Namespace) -> int:
     from trainer.prepare.sheet_cache import main as sheets
 
@@ -163,6 +170,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         from trainer.prepare.predicted import add_arguments as add_predict_arguments
 
         add_predict_arguments(predict)
+
+    latents = commands.add_parser("latents", help="encode prepared objects for training at the published shape")
+    latents.set_defaults(command=_latents)
+    if "latents" in arguments[:1]:
+        from trainer.prepare.latents import add_arguments as add_latents_arguments
+
+        add_latents_arguments(latents)
 
     join = commands.add_parser("join", help="make one bundle of stages that were exported one by one")
     join.set_defaults(command=_join)

@@ -20,7 +20,7 @@ Not covered: FLUX.2-dev and FLUX.3; training on several references in FLUX.1 oth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from triptych.flux.hub import find_model, read_index
 from triptych.flux.lora import DEFAULT_TARGETS, check_targets, save_lora
 from triptych.flux.parts import PIPELINES, _load_part, _quiet, architecture_of, is_block_matrix, require_libraries
 
+Encode = Callable[[Tensor], Tensor]
 KLEIN = "flux2-klein"
 ADAPTER = "triptych"  # the name that PEFT writes into those of its tensors
 QUANTISERS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
@@ -355,12 +356,22 @@ class FrozenParts:
             return (patchified(latents).float() - shift) / scale
         return patchified((latents.float() - shift) / scale)
 
-    def encode_references(self, views: Tensor) -> Tensor:
-        """One sample's references (V, 3, S, S) -> (V, 4 C, P, P). FLUX.1 sees them as one picture, side by side."""
-        if self._is_klein or len(views) < 2:
-            return self.encode(views)
-        row = self.encode(torch.cat(list(views), dim=-1)[None])[0]
-        return torch.stack(row.chunk(len(views), dim=-1))
+
+def encoder_of(folder: Path, device: torch.device, architecture: str) -> Encode:
+    """Pictures (B, 3, H, W) 0-1 -> normalised, patchified latents, bfloat16 on the CPU as caches hold them."""
+    parts = FrozenParts(folder, device, architecture)
+    return lambda pixels: parts.encode(pixels).to("cpu", torch.bfloat16).contiguous()
+
+
+def encoded_references(encode: Encode, samples: Sequence[Tensor], joined: bool) -> Tensor:
+    """Latents (M, 4 C, P, P) of the references (V, 3, S, S) of several samples, one after the other.
+
+    joined: as FLUX.1 sees them, those of one sample as one picture, side by side.
+    """
+    if not joined:
+        return encode(torch.cat(list(samples)))
+    rows = [encode(torch.cat(list(views), dim=-1)[None])[0] for views in samples]
+    return torch.cat([torch.stack(row.chunk(len(views), -1)) for row, views in zip(rows, samples, strict=True)])
 
 
 def latent_statistics(vae: Any) -> tuple[Any, Any]:

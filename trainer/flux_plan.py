@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def sheet_tokens(sheet_px: int, references: int = 1, text_tokens: int = TEXT_TOK
     return (sheet_px // 16) ** 2 + references * (sheet_px // 32) ** 2 + text_tokens
 
 
-def weightless(architecture: str, heads: int, double: int, single: int, text: int) -> nn.Module:
+def weightless(architecture: str, heads: int, double: int, single: int, text: int) -> Any:
     """A transformer of the published family on the meta device: shapes without memory."""
     from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 
@@ -209,8 +210,7 @@ def plan_shape(base: str, lora: LoraSettings) -> FluxShape:
     """The shape of a published model by its name, or of a folder by its config. Raises TriptychError for neither."""
     settings = lora if lora.rank else LoraSettings(rank=32)
     if base in PUBLISHED:
-        architecture, sizes = PUBLISHED[base]
-        return shape_of(weightless(architecture, **sizes), settings)
+        return _published(base, settings)
     if not (Path(base) / "transformer" / "config.json").is_file():
         raise TriptychError(
             f"the shape of {base or 'a model without base'} is not known: name a folder, or one of "
@@ -225,6 +225,12 @@ def plan_shape(base: str, lora: LoraSettings) -> FluxShape:
     with torch.device("meta"):
         network = getattr(diffusers, class_name).from_config(read_json(Path(base) / "transformer" / "config.json"))
     return shape_of(network, settings)
+
+
+@cache
+def _published(base: str, lora: LoraSettings) -> FluxShape:
+    architecture, sizes = PUBLISHED[base]
+    return shape_of(weightless(architecture, **sizes), lora)
 
 
 def plan_text(config: Any, cards_gib: Sequence[int] | None, batch: int) -> str:

@@ -159,7 +159,9 @@ class FluxViewsTask(Task):
         share = 1.0 if self.words_only else config.drop_references
         drops_references = generator.random() < share and said["faces_front"]
         given = "nothing" if drops_references else ", ".join(said["given"])
-        prompt = "" if drops_text else config.prompt_template.format(text=text, given=given)
+        prompt = config.prompt_template.format(text="" if drops_text else text, given=given)
+        if drops_text and generator.random() < 0.5:
+            prompt = ""  # what guidance compares with; the other half is what a photo without words sends
         return {
             "target": cached.target,
             "references": cached.references[:0] if drops_references else cached.references,

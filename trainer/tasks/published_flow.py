@@ -54,7 +54,7 @@ class PublishedFlowConfig:
 @dataclass(frozen=True)
 class PublishedSlatFlowConfig(PublishedFlowConfig):
     """max_voxels: of one sample, 0 for all; more than that are cut to the voxels around a random one. start also
-    gives the latents' mean and deviation; without it they are those of the first objects."""
+    gives the latents' mean and deviation; without it they are those of the cached folder."""
 
     resolution: int = 64
     patch_size: int = 2
@@ -208,9 +208,10 @@ class PublishedSlatFlowTask(PublishedFlowTask):
             self.mean, self.std = (
                 torch.tensor(v) for v in (bundle.slat_normalization.mean, bundle.slat_normalization.std)
             )
+        elif self.data.statistics is not None:
+            self.mean, self.std = self.data.statistics
         else:
-            first = torch.cat([self.data.read(i, "latents")["latents"] for i in range(min(64, len(self.data)))])
-            self.mean, self.std = first.mean(dim=0), first.std(dim=0)
+            raise TriptychError(f"{self.config.data} has no statistics of its latents: run `trainer latents` again")
 
     def cost(self, index: int) -> int:
         """Voxels that a sample has at most."""

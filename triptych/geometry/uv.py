@@ -22,6 +22,7 @@ import inspect
 import io
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,18 +151,20 @@ def _run_until(code: str, given: bytes, cancel: Callable[[], bool] | None) -> by
     """What a Python process makes of ``given``; it is ended when cancel() says so, and Cancelled raised."""
     from ..sampling.flow_euler import Cancelled  # brings torch, which meshes alone do not need
 
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
-        pending: bytes | None = given
-        while True:
-            try:
-                output, _ = process.communicate(pending, timeout=_POLL_S)
-                break
-            except subprocess.TimeoutExpired:
-                pending = None  # what was not taken yet is kept by the process object
-                if cancel is not None and cancel():
-                    process.kill()
-                    raise Cancelled("stopped while unwrapping the mesh") from None
+    command = [sys.executable, "-c", code]
+    # From a file: communicate() with a timeout loses what did not fit into a pipe at first.
+    with tempfile.TemporaryFile() as source:
+        source.write(given)
+        source.seek(0)
+        with subprocess.Popen(command, stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if cancel is not None and cancel():
+                        process.kill()
+                        raise Cancelled("stopped while unwrapping the mesh") from None
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, sys.executable)
     return output
