@@ -331,9 +331,9 @@ def reference_pictures(given: ViewSet | None, card: ViewsCard) -> tuple[Tensor |
     sentences about colours that the background has too."""
     import torch
 
-    from ..triptych.pipelines.views import _references
+    from ..triptych.pipelines.views import given_references
 
-    pictures, notes = _references(given, card)
+    pictures, notes = given_references(given, card)
     if not pictures:
         return None, notes
     # The other route hands 8-bit pictures to diffusers; so that both draw the same.
@@ -393,13 +393,13 @@ def put_together(
 ) -> tuple[ViewSet, tuple[str, ...]]:
     """The view set of a drawn IMAGE and the plan's given views, and all warnings."""
     from ..triptych.flux.panels import check_views, grouped, sheet_to_views
-    from ..triptych.pipelines.views import _put_together
+    from ..triptych.pipelines.views import put_together
 
     given = plan.given if plan else None
     missing = plan.missing if plan else NAMES
     panels = sheet_to_views(picture(sheet, "the sheet")[..., :3].transpose(2, 0, 1), colour)
     complaints = check_views(panels, missing)
-    views, notes = _put_together(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
+    views, notes = put_together(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
     if complaints:
         complaints = [
             f"the drawn views are faulty: {'; '.join(grouped(complaints))}: try another seed or another prompt"

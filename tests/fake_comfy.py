@@ -116,6 +116,12 @@ io = SimpleNamespace(
     Image=_type("IMAGE"),
     Mask=_type("MASK"),
     Mesh=_type("MESH"),
+    Model=_type("MODEL"),
+    Clip=_type("CLIP"),
+    Vae=_type("VAE"),
+    Conditioning=_type("CONDITIONING"),
+    Latent=_type("LATENT"),
+    Sigmas=_type("SIGMAS"),
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import fake_comfy
 
-# The two classes of ComfyUI itself that workflows/ uses, as far as conversion and checks need them.
+# The classes of ComfyUI itself that workflows/ uses, as far as conversion and checks need them.
 CORE = {
     "LoadImage": {
         "input": {"required": {"image": [["example.png"], {"image_upload": True}]}},
@@ -22,6 +22,68 @@ CORE = {
         "output": [],
         "display_name": "Save Image",
         "output_node": True,
+    },
+    "UNETLoader": {
+        "input": {"required": {
+            "unet_name": [["flux-2-klein-base-4b.safetensors"], {}], "weight_dtype": [["default", "fp8_e4m3fn"], {}],
+        }},
+        "output": ["MODEL"],
+        "display_name": "Load Diffusion Model",
+    },
+    "CLIPLoader": {
+        "input": {
+            "required": {"clip_name": [["qwen_3_4b.safetensors"], {}], "type": [["stable_diffusion", "flux2"], {}]},
+            "optional": {"device": [["default", "cpu"], {}]},
+        },
+        "output": ["CLIP"],
+        "display_name": "Load CLIP",
+    },
+    "VAELoader": {
+        "input": {"required": {"vae_name": [["flux2-vae.safetensors"], {}]}},
+        "output": ["VAE"],
+        "display_name": "Load VAE",
+    },
+    "LoraLoaderModelOnly": {
+        "input": {"required": {
+            "model": ["MODEL", {}], "lora_name": [["triptych_klein_views.safetensors"], {}],
+            "strength_model": ["FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0}],
+        }},
+        "output": ["MODEL"],
+        "display_name": "Load LoRA",
+    },
+    "RandomNoise": {
+        "input": {"required": {
+            "noise_seed": ["INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}],
+        }},
+        "output": ["NOISE"],
+        "display_name": "RandomNoise",
+    },
+    "KSamplerSelect": {
+        "input": {"required": {"sampler_name": [["euler", "heun"], {}]}},
+        "output": ["SAMPLER"],
+        "display_name": "KSamplerSelect",
+    },
+    "CFGGuider": {
+        "input": {"required": {
+            "model": ["MODEL", {}], "positive": ["CONDITIONING", {}], "negative": ["CONDITIONING", {}],
+            "cfg": ["FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}],
+        }},
+        "output": ["GUIDER"],
+        "display_name": "CFGGuider",
+    },
+    "SamplerCustomAdvanced": {
+        "input": {"required": {
+            "noise": ["NOISE", {}], "guider": ["GUIDER", {}], "sampler": ["SAMPLER", {}], "sigmas": ["SIGMAS", {}],
+            "latent_image": ["LATENT", {}],
+        }},
+        "output": ["LATENT", "LATENT"],
+        "output_name": ["output", "denoised_output"],
+        "display_name": "SamplerCustomAdvanced",
+    },
+    "VAEDecode": {
+        "input": {"required": {"samples": ["LATENT", {}], "vae": ["VAE", {}]}},
+        "output": ["IMAGE"],
+        "display_name": "VAE Decode",
     },
 }  # fmt: skip
 _OPTIONS = ("default", "min", "max", "options", "control_after_generate")

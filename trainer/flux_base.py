@@ -137,7 +137,7 @@ def add_adapters(model: Any, architecture: str, lora: LoraSettings) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise TriptychError("training a LoRA needs the package peft: pip install 'triptych[views]'") from error
+        raise TriptychError("training a LoRA needs the package peft: pip install peft") from error
 
     targets = lora.targets or DEFAULT_TARGETS[architecture]
     facts: dict[str, Any] = {"lora_alpha": lora.scale_alpha}  # PEFT says int and takes any number
@@ -293,9 +293,9 @@ class FrozenParts:
         """The parts that are in memory."""
         return tuple(self._loaded)
 
-    def release(self) -> None:
-        """Lets go of all parts; they load again when they are needed."""
-        self._loaded.clear()
+    def release(self, keep: Sequence[str] = ()) -> None:
+        """Lets go of all parts but those to keep; they load again when they are needed."""
+        self._loaded = {name: part for name, part in self._loaded.items() if name in keep}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -385,11 +385,12 @@ def latent_statistics(vae: Any) -> tuple[Any, Any]:
 @contextmanager
 def for_a_while(parts: FrozenParts, borrowed: bool) -> Iterator[None]:
     """When ``borrowed``, the parts that the block loads are let go of afterwards."""
+    before = parts.loaded
     try:
         yield
     finally:
         if borrowed:
-            parts.release()
+            parts.release(keep=before)
 
 
 # ---- exports

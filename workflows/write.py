@@ -23,7 +23,8 @@ SIDES = ("front", "left", "back", "right")
 WIDTH, GAP, LINE = 320, 80, 26
 HEADER = 110  # of a group's title and the margin below it
 PREVIEWS = {
-    "LoadImage": 220, "Triptych_PrepareViews": 160, "Triptych_FluxViews": 420, "Triptych_Preview3D": 420,
+    "LoadImage": 220, "Triptych_PrepareViews": 160, "Triptych_FluxViews": 420,
+    "Triptych_FluxPrepare": 220, "Triptych_FluxSplit": 320, "Triptych_Preview3D": 420,
     "SaveImage": 260,
 }  # fmt: skip
 
@@ -103,14 +104,16 @@ def pictures(editor: Editor, sides: tuple[str, ...]) -> int:
     )
 
 
-def reconstruction(editor: Editor, views: int, fill: str) -> None:
+def reconstruction(editor: Editor, views: int, fill: str, column: int = 1) -> None:
     """The mesh is reduced and painted after it is made, so that a change of either leaves the longest part cached."""
-    bundle = editor.add(1, "Triptych_LoadBundle")
-    made = editor.add(2, "Triptych_Reconstruct", bundle=(bundle, 0), views=(views, 0), texture_size=0, target_faces=0)
-    clean = editor.add(2, "Triptych_CleanMesh", mesh=(made, 0), target_faces=12_000)
-    painted = editor.add(3, "Triptych_TextureMesh", mesh=(clean, 0), views=(views, 0), fill=fill)
-    editor.add(3, "Triptych_ExportMesh", mesh=(painted, 0))
-    editor.add(4, "Triptych_Preview3D", mesh=(painted, 0))
+    bundle = editor.add(column, "Triptych_LoadBundle")
+    made = editor.add(
+        column + 1, "Triptych_Reconstruct", bundle=(bundle, 0), views=(views, 0), texture_size=0, target_faces=0
+    )
+    clean = editor.add(column + 1, "Triptych_CleanMesh", mesh=(made, 0), target_faces=12_000)
+    painted = editor.add(column + 2, "Triptych_TextureMesh", mesh=(clean, 0), views=(views, 0), fill=fill)
+    editor.add(column + 2, "Triptych_ExportMesh", mesh=(painted, 0))
+    editor.add(column + 3, "Triptych_Preview3D", mesh=(painted, 0))
 
 
 def views_to_obj(editor: Editor) -> None:
@@ -159,6 +162,34 @@ def photo_to_obj(editor: Editor) -> None:
     )
 
 
+def photo_to_obj_klein(editor: Editor) -> None:
+    """The native route: everything that computes is ComfyUI's own, so any loader, LoRA and sampler may stand there."""
+    model = editor.add(0, "UNETLoader", unet_name="flux-2-klein-base-4b.safetensors", weight_dtype="default")
+    lora = editor.add(0, "LoraLoaderModelOnly", model=(model, 0), lora_name="triptych_klein_views.safetensors")
+    clip = editor.add(0, "CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2", device="default")
+    vae = editor.add(0, "VAELoader", vae_name="flux2-vae.safetensors")
+    photo = editor.add(0, "LoadImage", "front", image="front.png")
+    asked = editor.add(1, "Triptych_FluxPrepare", clip=(clip, 0), vae=(vae, 0), front=(photo, 0), front_mask=(photo, 1))
+    noise = editor.add(2, "RandomNoise", noise_seed=0)
+    sampler = editor.add(2, "KSamplerSelect", sampler_name="euler")
+    guider = editor.add(2, "CFGGuider", model=(lora, 0), positive=(asked, 0), negative=(asked, 1), cfg=4.0)
+    drawn = editor.add(
+        2, "SamplerCustomAdvanced", noise=(noise, 0), guider=(guider, 0), sampler=(sampler, 0), sigmas=(asked, 3),
+        latent_image=(asked, 2),
+    )  # fmt: skip
+    sheet = editor.add(2, "VAEDecode", samples=(drawn, 0), vae=(vae, 0))
+    views = editor.add(3, "Triptych_FluxSplit", sheet=(sheet, 0), plan=(asked, 4))
+    reconstruction(editor, views, "diffuse", column=3)
+    editor.note(
+        1,
+        "FLUX.2 klein base 4B (Apache-2.0) with ComfyUI's own loaders and sampler, from ComfyUI 0.9.2. Put the model "
+        "into models/diffusion_models, its text encoder into models/text_encoders, its VAE into models/vae, and a LoRA "
+        "of the task flux_views into models/loras; without one, bypass Load LoRA (Ctrl+B).\n\nfp8 and GGUF loaders, "
+        "further LoRAs and other samplers fit as well. With the distilled klein 4B, set 4 steps and cfg 1.\n\nThe OBJ, "
+        "its MTL and its texture are written to output/mesh.",
+    )
+
+
 def clean_and_texture(editor: Editor) -> None:
     views = pictures(editor, SIDES)
     mesh = editor.add(1, "Triptych_LoadMesh", "mesh", file="model.obj", normalize=True)
@@ -185,7 +216,7 @@ def turntable(editor: Editor) -> None:
     )
 
 
-WORKFLOWS = (text_to_obj, photo_to_obj, views_to_obj, image_to_obj, clean_and_texture, turntable)
+WORKFLOWS = (text_to_obj, photo_to_obj, photo_to_obj_klein, views_to_obj, image_to_obj, clean_and_texture, turntable)
 
 
 def main() -> None:

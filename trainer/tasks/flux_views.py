@@ -378,7 +378,7 @@ def drawn_prompts(config: FluxViewsConfig) -> list[str]:
     for split in ("train", "validation"):
         for said in SheetData(config.cache, split).said:
             givens = (", ".join(said["given"]), *(["nothing"] if said["faces_front"] else []))
-            for text in said["captions"]:
+            for text in ("", *said["captions"]):
                 found |= {config.prompt_template.format(text=text, given=given): None for given in givens}
     return list(found)
 

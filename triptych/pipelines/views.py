@@ -127,7 +127,7 @@ def views_from_prompt(
         text, said = check_prompt(prompt, card, bool(sources), _token_counter(loaded))
         notes += [*said, *loaded.warnings, *loaded.notes(guidance=settings.guidance, references=len(sources))]
         filled = fill_template(card, text, sources)
-        references, said = _references(given, card)
+        references, said = given_references(given, card)
         notes += said
         with clock.stage("generate", 0.15, 0.95):
             attempts = _draw(loaded, filled, references, missing, settings, clock, preview)
@@ -137,7 +137,7 @@ def views_from_prompt(
     best = min(attempts, key=lambda attempt: len(attempt.complaints))  # the earliest of equals
     notes += _report(attempts, best)
     with clock.stage("fit", 0.95, 1.0):
-        view_set, left = _put_together(given, best.panels, missing, settings.size)
+        view_set, left = put_together(given, best.panels, missing, settings.size)
     notes += left
     drawn = best.sheet.permute(1, 2, 0).contiguous().numpy()
     generated = tuple(name for name in missing if name in view_set.names)
@@ -245,7 +245,7 @@ def _draw(
     return attempts
 
 
-def _references(given: ViewSet | None, card: ViewsCard) -> tuple[list[Tensor], tuple[str, ...]]:
+def given_references(given: ViewSet | None, card: ViewsCard) -> tuple[list[Tensor], tuple[str, ...]]:
     """The given views on the model's background, each (3, P, P) float32 0-1, in the order front, left, back, right;
     sentences about colours that the background has too."""
     if given is None:
@@ -286,7 +286,7 @@ def _report(attempts: list[_Attempt], best: _Attempt) -> list[str]:
 # --- putting the views together ------------------------------------------------------------------------------------
 
 
-def _put_together(
+def put_together(
     given: ViewSet | None, panels: dict[str, np.ndarray], missing: tuple[str, ...], size: int
 ) -> tuple[ViewSet, list[str]]:
     """One set at one scale from the given views and the panels of the missing ones; sentences about what is left out.

@@ -8,7 +8,8 @@ and are kept in `SparseTensor.maps`.
 Shapes: N rows, H heads, D channels of a head; a bucket has G groups padded to L rows.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,9 +173,13 @@ def _check_rows(name: str, tensor: Tensor, x: SparseTensor, middle: tuple[int, .
 
 
 def _ragged_attention(qkv: Tensor, ragged: Ragged) -> Tensor:
+    if not ragged.buckets:
+        return qkv[:, 0]
+    if qkv.device.type == "cpu" and all(bucket.length**2 <= MAX_SCORES for bucket in ragged.buckets):
+        return _GroupedAttention.apply(qkv, ragged)
     parts = zip(_padded(qkv, ragged), ragged.buckets, strict=True)
     outs = [_self_attention(part, bucket.mask) for part, bucket in parts]
-    return _unpadded(outs, ragged) if outs else qkv[:, 0]
+    return _unpadded(outs, ragged)
 
 
 def _self_attention(qkv: Tensor, mask: Tensor | None) -> Tensor:
@@ -191,74 +196,112 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             queries = q.split(max(64, MAX_SCORES // k.shape[1]), dim=1)
             return torch.cat([attention(part, k, v) for part in queries], dim=1)
         return attention(q, k, v)
-    if on_cores and scores <= MAX_SCORES:
-        return _MaskedAttention.apply(q, k, v, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :]).transpose(1, 2)
 
 
-class _MaskedAttention(torch.autograd.Function):
-    """Masked attention in bfloat16 on CPUs: whole groups, as many at a time as keep their scores in the cache.
+class _GroupedAttention(torch.autograd.Function):
+    """Self-attention of short groups on CPUs, as many groups at a time as keep their scores in the cache.
 
-    The counterpart of `attention`'s kernel in models/blocks.py for many short groups: about a third of the time of
-    torch's fused CPU kernel with a mask (forward and backward, 64 groups of 72 rows). Scores are rounded to bfloat16.
+    Rows are gathered, attended to and put back part by part, in buffers that the next part uses again: written out
+    whole, the padded queries, keys and values of 20,000 rows and 12 heads cost as much in page faults and memory traffic
+    as the arithmetic does. Scores are kept in the dtype of qkv; in bfloat16 that rounds them by a relative 2^-9. The
+    backward pass computes the probabilities again instead of keeping them.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    def forward(ctx: Any, qkv: Tensor, ragged: Ragged) -> Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.ragged = ragged
+        out = qkv.new_empty(len(qkv), *qkv.shape[2:])
         with torch.autocast("cpu", enabled=False):
-            parts = _parts(q, k)
-            buffers = _score_buffers(q[parts[0]], k, 2)
-            for part in parts:
-                q_, k_, v_ = (_heads_first(x[part]) for x in (q, k, v))
-                _copy_back(out[part], torch.bmm(_masked_probabilities(q_, k_, mask[part], *buffers), v_))
+            for part, buffers in _parts(ragged, qkv, 2):
+                q, k, v = _heads_first(qkv, part)
+                _put_back(out, torch.bmm(_probabilities(q, k, part.mask, *buffers), v), part)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, mask = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        scale, parts = q.shape[-1] ** -0.5, _parts(q, k)
-        a, b, c = _score_buffers(q[parts[0]], k, 3)
-        for part in parts:
-            q_, k_, v_, grad_ = (_heads_first(x[part]) for x in (q, k, v, grad))
-            heads = len(q_)
-            probabilities = _masked_probabilities(q_, k_, mask[part], a, b)
-            d_probabilities = torch.bmm(grad_, v_.mT, out=a[:heads])
-            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, q.dtype, grad_input=c[:heads])
-            _copy_back(dv[part], torch.bmm(probabilities.mT, grad_))
-            _copy_back(dq[part], torch.bmm(d_scores, k_).mul_(scale))
-            _copy_back(dk[part], torch.bmm(d_scores.mT, q_).mul_(scale))
-        return dq, dk, dv, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (qkv,) = ctx.saved_tensors
+        d_qkv, scale = torch.empty_like(qkv, memory_format=torch.contiguous_format), qkv.shape[-1] ** -0.5
+        dq, dk, dv = d_qkv.unbind(1)
+        with torch.autocast("cpu", enabled=False):
+            for part, (a, b, c) in _parts(ctx.ragged, qkv, 3):
+                q, k, v = _heads_first(qkv, part)
+                (g,) = _heads_first(grad[:, None], part)
+                if part.mask is not None:  # what padding put out was not used
+                    g *= _by_head(part.mask, len(g)).to(g)[..., None]
+                probabilities = _probabilities(q, k, part.mask, a, b)
+                d_probabilities = torch.bmm(g, v.mT, out=a[: len(q)])
+                d_scores = torch._softmax_backward_data(
+                    d_probabilities, probabilities, -1, q.dtype, grad_input=c[: len(q)]
+                )
+                _put_back(dv, torch.bmm(probabilities.mT, g), part)
+                _put_back(dq, torch.bmm(d_scores, k).mul_(scale), part)
+                _put_back(dk, torch.bmm(d_scores.mT, q).mul_(scale), part)
+        return d_qkv, None
 
 
-def _parts(q: Tensor, k: Tensor) -> list[slice]:
-    groups = max(1, MAX_SCORES // (q.shape[2] * q.shape[1] * k.shape[1]))
-    return [slice(start, start + groups) for start in range(0, len(q), groups)]
+class _Part(NamedTuple):
+    """Groups of one bucket: `rows` (P * L,) of x, and (P, L) bool which of them are no padding, None for all."""
+
+    rows: Tensor
+    length: int
+    mask: Tensor | None
 
 
-def _heads_first(x_GLHD: Tensor) -> Tensor:
-    return x_GLHD.transpose(1, 2).flatten(0, 1)
+def _parts(ragged: Ragged, qkv: Tensor, count: int) -> Iterator[tuple[_Part, list[Tensor]]]:
+    """Parts whose scores fit into the cache, each with `count` score buffers (P * heads, L, L) to write into.
+
+    The buffers are one memory for all parts: fresh memory costs as much as the arithmetic.
+    """
+    heads, start = qkv.shape[2], 0
+    most = max((_at_once(b, heads) * heads * b.length**2 for b in ragged.buckets), default=0)
+    memory = [qkv.new_empty(most) for _ in range(count)]
+    for bucket in ragged.buckets:
+        length, step = bucket.length, _at_once(bucket, heads)
+        shape = (step * heads, length, length)
+        buffers = [buffer[: math.prod(shape)].view(shape) for buffer in memory]
+        for first in range(0, len(bucket.groups), step):
+            groups = min(step, len(bucket.groups) - first)
+            rows = ragged.rows[start + first * length : start + (first + groups) * length]
+            yield _Part(rows, length, None if bucket.mask is None else bucket.mask[first : first + groups]), buffers
+        start += len(bucket.groups) * length
 
 
-def _copy_back(out_GLHD: Tensor, x: Tensor) -> None:
-    out_GLHD.copy_(x.view(len(out_GLHD), -1, *x.shape[1:]).transpose(1, 2))
+def _at_once(bucket: Bucket, heads: int) -> int:
+    return min(len(bucket.groups), max(1, MAX_SCORES // (heads * bucket.length**2)))
 
 
-def _score_buffers(q_GLHD: Tensor, k_GMHD: Tensor, count: int) -> list[Tensor]:
-    """Room for the scores of one part, used again by the next: fresh memory costs as much as the arithmetic."""
-    groups, length, heads, _ = q_GLHD.shape
-    return [q_GLHD.new_empty(groups * heads, length, k_GMHD.shape[1]) for _ in range(count)]
+def _heads_first(x: Tensor, part: _Part) -> Tensor:
+    """Rows of x (N, K, H, D) -> (K, P * H, L, D)."""
+    gathered = x.index_select(0, part.rows).unflatten(0, (-1, part.length))
+    return gathered.permute(2, 0, 3, 1, 4).flatten(1, 2)
 
 
-def _masked_probabilities(q: Tensor, k: Tensor, mask: Tensor, scores: Tensor, out: Tensor) -> Tensor:
+def _put_back(out: Tensor, x: Tensor, part: _Part) -> None:
+    """x (P * H, L, D) -> its rows of out (N, H, D); padding goes nowhere."""
+    rows, heads = part.rows, out.shape[1]
+    flat = x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)
+    if part.mask is not None:
+        real = part.mask.flatten()
+        rows, flat = rows[real], flat[real]
+    out.index_copy_(0, rows, flat)
+
+
+def _by_head(mask: Tensor, count: int) -> Tensor:
+    """(P, L) for each of the heads of a part: (count, L)."""
+    return mask.repeat_interleave(count // len(mask), dim=0)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scores: Tensor, out: Tensor) -> Tensor:
     """softmax(q k / sqrt(D)) over the keys that count, in the first rows of `out`; `scores` is scratch."""
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    bias = bias.repeat_interleave(len(q) // len(mask), dim=0)[:, None]
-    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5, out=scores[: len(q)])
+    bias, beta = q.new_empty(1, 1, 1), 0
+    if mask is not None:
+        low = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        bias, beta = _by_head(low, len(q))[:, None], 1
+    scores = torch.baddbmm(bias, q, k.mT, beta=beta, alpha=q.shape[-1] ** -0.5, out=scores[: len(q)])
     return torch.softmax(scores, dim=-1, out=out[: len(q)])
 
 
