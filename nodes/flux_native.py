@@ -393,13 +393,13 @@ def put_together(
 ) -> tuple[ViewSet, tuple[str, ...]]:
     """The view set of a drawn IMAGE and the plan's given views, and all warnings."""
     from ..triptych.flux.panels import check_views, grouped, sheet_to_views
-    from ..triptych.pipelines.views import put_together
+    from ..triptych.pipelines.views import put_together as one_set
 
     given = plan.given if plan else None
     missing = plan.missing if plan else NAMES
     panels = sheet_to_views(picture(sheet, "the sheet")[..., :3].transpose(2, 0, 1), colour)
     complaints = check_views(panels, missing)
-    views, notes = put_together(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
+    views, notes = one_set(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
     if complaints:
         complaints = [
             f"the drawn views are faulty: {'; '.join(grouped(complaints))}: try another seed or another prompt"

@@ -11,7 +11,14 @@ from test_structured_data import RES, _box, _field
 
 from trainer.losses import LossWeights, WeightConfig
 from trainer.prepare.structured import FOLDER, ragged, structure_sample
-from trainer.recipes_slat import mesh_decoder_large, mesh_decoder_tiny, slat_vae_large, slat_vae_tiny
+from trainer.recipes_slat import (
+    mesh_decoder_large,
+    mesh_decoder_staged,
+    mesh_decoder_tiny,
+    slat_vae_large,
+    slat_vae_learned,
+    slat_vae_tiny,
+)
 from trainer.structured import draw_sample, join_samples
 from trainer.tasks.mesh_decoder import MeshDecoderConfig, MeshDecoderTask
 from trainer.tasks.mesh_supervision import (
@@ -47,8 +54,11 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    return write_boxes(tmp_path_factory.mktemp("slat"))
+
+
+def write_boxes(root):
     """Two training boxes and a held-out one, prepared by hand."""
-    root = tmp_path_factory.mktemp("slat")
     records, samples, views = [], [], {"albedo": [], "normal": [], "sdf": []}
     for number, split in enumerate(("train", "train", "validation")):
         mesh = _box((0.5, 0.2 + 0.05 * number, 0.3))
@@ -202,7 +212,10 @@ def test_export_and_mesh_decoder(data, tmp_path):
         MeshDecoderTask(MeshDecoderConfig(data=str(data)))
 
 
-@pytest.mark.parametrize("recipe", [slat_vae_tiny, mesh_decoder_tiny, slat_vae_large, mesh_decoder_large])
+@pytest.mark.parametrize(
+    "recipe",
+    [slat_vae_tiny, slat_vae_learned, mesh_decoder_tiny, mesh_decoder_staged, slat_vae_large, mesh_decoder_large],
+)
 def test_recipes_are_complete(recipe):
     config = recipe()
     assert config.name == recipe.__name__

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+from test_slat_tasks import SMALL, write_boxes
 
 from tests.trainer_toy import recipe
 from trainer.checkpoint import find_checkpoint
 from trainer.config import ParameterGroup, TrainConfig, apply_overrides, config_from_dict, config_to_dict
-from trainer.loop import train
+from trainer.loop import export, train
+from trainer.losses import scheduled
 from trainer.optim import build_optimizer, frozen_groups, set_learning_rate, trainable
+from trainer.recipes_slat import mesh_decoder_staged, slat_flow_staged, slat_vae_learned
 from triptych.errors import TriptychError
 
 
@@ -111,3 +114,98 @@ def test_a_staged_run_is_frozen_then_learns_and_resumes_exactly(tmp_path, capsys
         for name, tensors in whole.items():
             found = again.tensors(name)
             assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
+
+
+# ---- the shipped staged recipes, a fiftieth as long
+
+
+def _shrunk(config: TrainConfig, data, scale: int = 50, **changes) -> TrainConfig:
+    """The recipe with every step of its stages divided by ``scale``, on small networks."""
+    losses = config.task_config.losses
+    schedules = {name: [(step // scale, value) for step, value in points] for name, points in losses.schedules.items()}
+    sizes = SMALL if hasattr(config.task_config, "encoder_channels") else {"max_voxels": 300, "points": 256}
+    task = dataclasses.replace(
+        config.task_config, data=str(data), losses=dataclasses.replace(losses, schedules=schedules), **(sizes | changes)
+    )
+    groups = tuple(
+        dataclasses.replace(g, thaw_step=g.thaw_step if g.thaw_step < 0 else g.thaw_step // scale, warmup_steps=2)
+        for g in config.groups
+    )
+    return dataclasses.replace(
+        config, task_config=task, groups=groups, batch_size=1, warmup_steps=0, precision="fp32", checkpoint_every=1,
+        keep_checkpoints=99, validate_every=0, pictures_every=0, tensorboard=False, log_every=1,
+    )  # fmt: skip
+
+
+def _weights(run, step: int) -> dict[str, torch.Tensor]:
+    return find_checkpoint(run / "checkpoints", str(step)).tensors("model")
+
+
+def _resumes_exactly(config: TrainConfig, run, steps) -> None:
+    """Interrupted after any of ``steps`` it ends with the same bytes."""
+    kinds = ("model", "ema", "optimizer")
+    whole = {kind: find_checkpoint(run / "checkpoints", str(config.steps)).tensors(kind) for kind in kinds}
+    for kept in steps:
+        for step in range(kept + 1, config.steps + 1):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:07d}")
+        train(config, run, device="cpu")
+        for kind, tensors in whole.items():
+            found = find_checkpoint(run / "checkpoints", str(config.steps)).tensors(kind)
+            assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in found)
+
+
+@pytest.fixture(scope="module")
+def learned_run(tmp_path_factory):
+    """slat_vae_learned: the encoder thaws at step 2, colours come in from 6 to 12."""
+    root = tmp_path_factory.mktemp("staged")
+    (root / "data").mkdir()
+    config = dataclasses.replace(_shrunk(slat_vae_learned(), write_boxes(root / "data")), steps=14)
+    train(config, root / "run", device="cpu")
+    return root, config
+
+
+def test_learned_weights_in_stages(learned_run) -> None:
+    root, config = learned_run
+    before, thawed, end = (_weights(root / "run", step) for step in (1, 4, 14))
+    encoder = [name for name in end if name.startswith("encoder.") and "blocks" in name and name.endswith("weight")]
+    second = _weights(root / "run", 2)
+    assert encoder and all(torch.equal(before[name], second[name]) for name in encoder)
+    assert not any(torch.equal(second[name], thawed[name]) for name in encoder)
+    spread = {name.rpartition(".")[2]: end[name] for name in end if "log_variance" in name}
+    assert spread.keys() == {"sdf", "surface", "point_color", "point_normal"}
+    # A weight of 0 leaves its uncertainty where it was; all have moved in the end.
+    assert _weights(root / "run", 6)["loss_weights.log_variance.point_color"] == 0 != spread["point_color"]
+    assert all(value != 0 for value in spread.values())
+    assert scheduled(config.task_config.losses.schedules["point_color"], 9) == 0.5
+    # Kendall et al.: it moves towards the loss's own size, small losses get the larger weight.
+    assert spread["point_normal"] < 0
+
+
+def test_a_learned_run_resumes_exactly_in_every_stage(learned_run) -> None:
+    root, config = learned_run
+    _resumes_exactly(config, root / "run", (1, 8))  # the encoder frozen; colours half in
+
+
+def test_a_staged_decoder_thaws_and_resumes_exactly(learned_run, tmp_path) -> None:
+    root, vae = learned_run
+    export(root / "run", tmp_path / "vae", device="cpu")
+    config = _shrunk(mesh_decoder_staged(), vae.task_config.data, encoder=str(tmp_path / "vae"))
+    config = dataclasses.replace(config, steps=8)
+    train(config, tmp_path / "run", device="cpu")
+    first, frozen, end = (_weights(tmp_path / "run", step) for step in (1, 5, 8))
+    torso = [name for name in end if name.startswith("decoder.blocks.") and name.endswith("to_out.weight")]
+    assert torso and all(torch.equal(first[name], frozen[name]) for name in torso)  # thawed at step 250 / 50
+    assert not any(torch.equal(frozen[name], end[name]) for name in torso)
+    assert torch.equal(first["decoder.input_layer.weight"], end["decoder.input_layer.weight"])
+    assert not torch.equal(first["decoder.out_layer.weight"], frozen["decoder.out_layer.weight"])
+    lines = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["kind"] == "train"]
+    assert ["mask" in line for line in lines] == [False] * 2 + [True] * 6  # not rendered before its weight
+    assert ["color" in line for line in lines] == [False] * 4 + [True] * 4
+    _resumes_exactly(config, tmp_path / "run", (2, 5))
+
+
+def test_the_image_encoder_thaws_late_and_slowly() -> None:
+    config = slat_flow_staged()
+    assert config.task_config.structure and config_from_dict(config_to_dict(config)) == config
+    assert {group.match for group in config.groups} == {"view_encoder.*", "view_geometry.*"}
+    assert all(group.thaw_step > 0 and group.lr_factor < 1 for group in config.groups)

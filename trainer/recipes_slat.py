@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config import TrainConfig
+from trainer.config import ParameterGroup, TrainConfig
 
 
 def slat_vae_tiny() -> TrainConfig:
@@ -79,6 +79,80 @@ def mesh_decoder_tiny() -> TrainConfig:
         checkpoint_every=100,
         validate_every=100,
         pictures_every=100,
+    )
+
+
+def slat_vae_learned() -> TrainConfig:
+    """slat_vae_tiny with loss weights by learned uncertainty, and in two stages: shape alone at first, then colour too.
+
+    What the fixed weights weigh by hand (sdf in voxels against colours 0-1) finds its own balance; consistency and KL
+    keep theirs, because they describe no data. The encoder thaws once the decoder can read it, at half the rate.
+    """
+    from dataclasses import replace
+
+    from trainer.losses import WeightConfig
+    from trainer.tasks.slat_vae import DIRECT_WEIGHTS
+
+    base = slat_vae_tiny()
+    shape, colour = ("sdf", "surface"), ("point_color", "point_normal")
+    losses = WeightConfig(
+        mode="learned",
+        weights={name: 1.0 if name in shape + colour else weight for name, weight in DIRECT_WEIGHTS.items()},
+        schedules={name: [(300, 0.0), (600, 1.0)] for name in colour},
+        learned=shape + colour,
+    )
+    return replace(
+        base,
+        name="slat_vae_learned",
+        task_config=replace(base.task_config, losses=losses),
+        groups=(
+            ParameterGroup("encoder.*", lr_factor=0.5, thaw_step=100, warmup_steps=100),
+            ParameterGroup("loss_weights.*", lr_factor=3.0, warmup_steps=50, weight_decay=0.0),
+        ),
+    )
+
+
+def mesh_decoder_staged() -> TrainConfig:
+    """mesh_decoder_tiny in three stages: the layers after the torso on shape, then colours, then the torso as well.
+
+    Rendered losses come in as they can be met: outlines and normals of a mesh that has a surface, colours last. The
+    torso, which the latents were trained with, thaws at a quarter of the rate.
+    """
+    from dataclasses import replace
+
+    from trainer.losses import WeightConfig
+
+    base = mesh_decoder_tiny()
+    weights = base.task_config.losses.weights
+    early, late = [(50, 0.0), (150, 1.0)], [(150, 0.0), (250, 1.0)]
+    schedules = {"mask": early, "normal": early, "cubes": early, "color": late, "point_color": late}
+    return replace(
+        base,
+        name="mesh_decoder_staged",
+        task_config=replace(base.task_config, losses=WeightConfig(weights=weights, schedules=schedules)),
+        groups=(
+            ParameterGroup("decoder.input_layer.*", lr_factor=0.25, thaw_step=-1),
+            ParameterGroup("decoder.blocks.*", lr_factor=0.25, thaw_step=250, warmup_steps=50),
+        ),
+    )
+
+
+def slat_flow_staged() -> TrainConfig:
+    """slat_flow_tiny on the image encoder of the first stage: frozen, then thawed at a tenth of the rate.
+
+    Until the flow has learned to read its features, gradients from random layers would only spoil the encoder.
+    """
+    from dataclasses import replace
+
+    base = slat_flow_tiny()
+    return replace(
+        base,
+        name="slat_flow_staged",
+        task_config=replace(base.task_config, structure="triptych-tiny"),
+        groups=(
+            ParameterGroup("view_encoder.*", lr_factor=0.1, thaw_step=800, warmup_steps=200),
+            ParameterGroup("view_geometry.*", lr_factor=0.1, thaw_step=800, warmup_steps=200),
+        ),
     )
 
 
