@@ -21,6 +21,7 @@ pytest.importorskip("peft")
 from tests.flux_tiny import copied, klein_folder, kontext_folder  # noqa: E402
 from tests.live_memory import LiveMemory  # noqa: E402
 from trainer import flux_plan  # noqa: E402
+from trainer.__main__ import main  # noqa: E402
 from trainer.config import TrainConfig, config_from_dict, config_to_dict  # noqa: E402
 from trainer.data import relight  # noqa: E402
 from trainer.flux_base import (  # noqa: E402
@@ -47,7 +48,7 @@ from trainer.prepare.photos import (  # noqa: E402
     symmetric_photos,
 )
 from trainer.prepare.run import prepare  # noqa: E402
-from trainer.prepare.sheet_cache import _vae_hash  # noqa: E402
+from trainer.prepare.sheet_cache import SheetOptions, _vae_hash, cache_sheets  # noqa: E402
 from trainer.prepare.sources import find_sources  # noqa: E402
 from trainer.recipes import build_recipe  # noqa: E402
 from trainer.sheet_data import SheetData, TextCache  # noqa: E402
@@ -56,6 +57,7 @@ from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsTask,
     cache_words,
     drawn_prompts,
+    template_of,
 )
 from triptych.errors import TriptychError  # noqa: E402
 from triptych.flux.card import default_card, read_card, verify_files  # noqa: E402
@@ -676,3 +678,48 @@ def test_planned_activations_are_those_that_autograd_keeps(family, recompute):
     if recompute:
         foreseen = shape.sample("lora", tokens, cuda=False) + 6 * shape.adapters  # gradients and bfloat16 copies
         assert live.peak == pytest.approx(foreseen, rel=0.15)
+
+
+# ---- the commands
+
+
+@pytest.mark.parametrize("family", ["klein", "kontext"])
+def test_sheets_with_photographs_and_prompts_are_made_by_one_command_and_trained_on(family, photographed, tmp_path):
+    data, source = photographed
+    base = klein_folder() if family == "klein" else kontext_folder()
+    out = tmp_path / "sheets"
+    command = ["sheets", data, "--model", base, "--out", out, "--panel", 32, "--background", "1,1,1", "--workers", 0]
+    command += ["--variants", 1, "--captions", 1, "--photos", source, "--photo-share", 1, "--uncut", 0.5, "--text"]
+    assert main(list(map(str, [*command, "--text-tokens", 24]))) == 0
+    sheets = SheetData([out])
+    assert (sheets.options["photos"], sheets.options["uncut"], sheets.options["captions"]) == (1.0, 0.5, 1)
+    channels = 128 if family == "klein" else 64
+    assert all(sheets[i].references.shape[1:] == (channels, 2, 2) for i in range(len(sheets)))
+    template = template_of(base)
+    assert template == default_card("flux2-klein" if family == "klein" else "flux1-kontext").prompt_template
+    plain = tmp_path / "plain"
+    cache_sheets([data], base, plain, SheetOptions(32, (1, 1, 1), 1, 1), workers=0)
+    other = SheetData([plain])
+    assert "photos" not in other.options
+    assert torch.equal(sheets[0].target, other[0].target) and not torch.equal(sheets[0].references, other[0].references)
+
+    task_config = views_config(out, base, lora=LoraSettings(rank=2), text=str(out / "text"), prompt_template=template)
+    train(run_config(task_config, steps=1), tmp_path / "run", device="cpu")
+    assert checkpoint(tmp_path / "run", 1).is_dir()
+
+
+def test_wrong_shares_are_said(photographed, tmp_path, capsys):
+    data, _ = photographed
+    command = ["sheets", str(data), "--model", str(klein_folder()), "--out", str(tmp_path / "x"), "--panel", "32"]
+    assert main([*command, "--uncut", "0.5"]) == 1
+    assert "give --photos SOURCE too" in capsys.readouterr().err
+    with pytest.raises(TriptychError, match="shares from 0 to 1"):
+        SheetOptions(photos=1.5)
+
+
+def test_the_plan_is_a_command(capsys):
+    assert main(["plan", "flux2_klein_4b_lora", "--gpu", "24", "--set", "task_config.lora.rank=16"]) == 0
+    said = capsys.readouterr().out
+    assert "adapters of rank 16" in said and "24 GB" in said and "80 GB" not in said
+    assert main(["plan", "flux_views_tiny"]) == 1
+    assert "is not known" in capsys.readouterr().err

@@ -69,8 +69,39 @@ def _evaluate(args: argparse.Namespace) -> None:
     from trainer.loop import evaluate, open_trained
     from trainer.runs import find_run
 
+    if args.objects is not None:
+        _evaluate_views(args)
+        return
     run, checkpoint = open_trained(find_run(args.run), args.checkpoint, args.device)
     print(json.dumps({"run": str(run.run_dir), "step": checkpoint.step, **evaluate(run)}, indent=1))
+
+
+def _evaluate_views(args: argparse.Namespace) -> None:
+    """The fixed protocol, on the model as users would load it."""
+    import tempfile
+
+    from trainer.loop import export
+    from trainer.runs import find_run, read_run
+    from trainer.views_evaluation import evaluate_views
+    from trainer.views_tables import markdown
+    from trainer.views_truth import load_protocol
+    from triptych.flux.backend import load_flux_views
+
+    run_dir = find_run(args.run)
+    config, _ = read_run(run_dir)
+    if config.task != "flux_views":
+        raise TriptychError(
+            f"--objects is for runs of the task flux_views, {args.run} is one of {config.task}: leave it out"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder) / run_dir.name
+        export(run_dir, exported, args.checkpoint, args.device)
+        model = load_flux_views(str(exported))
+        report = evaluate_views(
+            model, load_protocol(), args.objects, out=args.out, meshes=args.meshes, text=args.meshes
+        )
+        model.unload()
+    print(markdown(report))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -125,10 +156,10 @@ def _primitives(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> None:
     from trainer.config import apply_overrides
-    from trainer.plan import CARDS_GIB, plan
+    from trainer.plan import plan
     from trainer.recipes import build_recipe
 
-    print(plan(apply_overrides(build_recipe(args.recipe), args.set), args.gpu or CARDS_GIB))
+    print(plan(apply_overrides(build_recipe(args.recipe), args.set), args.gpu))
 
 
 def _is_main_process() -> bool:
@@ -199,13 +230,23 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="say what a recipe of the published shape takes of a card's memory")
     plan.add_argument("recipe", help="a recipe's name, or module:function")
-    plan.add_argument("--gpu", type=int, nargs="+", metavar="GB", help="memory of the cards (default: 24 48 80)")
+    plan.add_argument("--gpu", type=int, nargs="+", metavar="GB", help="memory of the cards (default: the usual ones)")
     plan.set_defaults(command=_plan)
 
     resume = commands.add_parser("resume", help="go on with a run from its newest complete checkpoint")
     resume.set_defaults(command=_resume)
     evaluate = commands.add_parser("evaluate", help="validate a run's EMA weights and print JSON")
     evaluate.set_defaults(command=_evaluate)
+    evaluate.add_argument(
+        "--objects", type=Path, metavar="DATA", help="flux_views: the fixed protocol on the evaluation objects of DATA"
+    )
+    evaluate.add_argument("--out", type=Path, help="with --objects: a folder for report.json and contact sheets")
+    evaluate.add_argument(
+        "--no-meshes",
+        dest="meshes",
+        action="store_false",
+        help="with --objects: neither meshes nor prompts, minutes less",
+    )
     export = commands.add_parser("export", help="write a run's EMA weights as bundle components")
     export.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     export.set_defaults(command=_export)

@@ -179,9 +179,12 @@ def plan_text(shape: MemoryShape, cards_gib: Sequence[int] = CARDS_GIB, batch: i
     return "\n".join(lines)
 
 
-def plan(config: TrainConfig, cards_gib: Sequence[int] = CARDS_GIB) -> str:
-    """The plan of a config. Raises TriptychError for a task without one."""
+def plan(config: TrainConfig, cards_gib: Sequence[int] | None = None) -> str:
+    """The plan of a config, for the usual cards when none are named. Raises TriptychError for a task without one."""
     task = build_task(config)
+    if hasattr(task, "memory_plan"):  # a task with tables of its own
+        return task.memory_plan(cards_gib, config.batch_size // config.accumulation)
+    cards_gib = cards_gib or CARDS_GIB
     if not hasattr(task, "memory_shape"):
         raise TriptychError(f"the task {config.task} has no memory plan: only flows of the published shape have one")
     if any(card < 1 for card in cards_gib):

@@ -16,6 +16,9 @@ and in the JSON a list of samples: ``key``, ``split``, ``captions``, ``given`` (
 references), ``faces_front`` (whether "front" is the front that the source meant: a sheet made from words alone has to
 be one of these).
 Views larger than the panel are averaged down; smaller ones are an error, not enlarged.
+
+With --photos, references of a share of the variants are photographs (prepare/photos.py) instead of relit rig views;
+with --text, the embeddings of every prompt that training can draw are cached too (trainer/sheet_data.py).
 """
 
 from __future__ import annotations
@@ -39,10 +42,13 @@ from tqdm import tqdm
 
 from trainer.captions import caption, colour_words
 from trainer.data import PreparedData, draw_recolouring, symmetric_sample
+from trainer.flux_base import encoded_references, encoder_of
 from trainer.order import stream_seed
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_NAMES
 
+from .photos import Photos, photo_references, photograph_all, symmetric_photos
+from .photos import add_arguments as add_photo_arguments
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sheets import canonical_shade, grid, on_background, photo_views, recoloured
@@ -55,7 +61,8 @@ SAMPLES_PER_SHARD = 256
 @dataclass(frozen=True)
 class SheetOptions:
     """panel: pixels of a view's side. background: sRGB. variants: of each prepared sample. captions: of each variant.
-    lone_photo: share of variants whose only reference is the front view; the others get one to three views."""
+    lone_photo: share of variants whose only reference is the front view; the others get one to three views. photos:
+    share of variants whose references are photographs. uncut: share of these before a background of their own."""
 
     panel: int = 128
     background: tuple[float, float, float] = (1.0, 0.0, 1.0)
@@ -63,6 +70,17 @@ class SheetOptions:
     captions: int = 4
     lone_photo: float = 0.75
     seed: int = 0
+    photos: float = 0.0
+    uncut: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.photos <= 1 and 0 <= self.uncut <= 1):
+            raise TriptychError(f"--photo-share {self.photos} and --uncut {self.uncut} are shares from 0 to 1")
+
+    def header(self) -> dict[str, Any]:
+        """What a cache is known by; options that came later stand there only when they are used."""
+        said = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in said.items() if value or key not in ("photos", "uncut")}
 
 
 @dataclass(frozen=True)
@@ -77,11 +95,16 @@ class Place:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="prepared folders")
-    parser.add_argument("--model", type=Path, required=True, help="a folder with vae/ in diffusers' layout")
+    parser.add_argument("--model", required=True, help="a folder with vae/ in diffusers' layout, or a repository")
     parser.add_argument("--out", type=Path, required=True, help="the cache, a new folder or one to go on with")
     parser.add_argument("--panel", type=int, default=128, help="pixels of a view's side; the sheet's is twice that")
     parser.add_argument("--background", default="1,0,1", help="sRGB colour behind the object, 0-1 (1,1,1 is white)")
     parser.add_argument("--variants", type=int, default=2, help="sheets of each prepared sample")
+    parser.add_argument("--captions", type=int, default=4, help="captions of each sheet")
+    add_photo_arguments(parser)
+    parser.add_argument("--text", action="store_true", help="also cache the prompts' embeddings, in OUT/text")
+    parser.add_argument("--template", help="of the prompts (default: the model's own)")
+    parser.add_argument("--text-tokens", type=int, default=512, help="length that prompts are padded to")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; 0: in this one)")
     parser.add_argument("--device", default="cpu", help="of the autoencoder; with cuda use --workers 0")
 
@@ -93,11 +116,35 @@ def main(args: argparse.Namespace) -> int:
         raise TriptychError(
             f"--background {args.background!r}: three numbers from 0 to 1 with commas, such as 1,1,1"
         ) from None
-    options = SheetOptions(args.panel, (red, green, blue), args.variants)
+    if args.uncut and not args.photos:
+        raise TriptychError(f"--uncut {args.uncut} is a share of the photographs: give --photos SOURCE too")
+    share = args.photo_share if args.photos else 0.0
+    options = SheetOptions(
+        args.panel, (red, green, blue), args.variants, args.captions, photos=share, uncut=args.uncut if share else 0.0
+    )
     workers = _cores() if args.workers is None else args.workers
-    count = cache_sheets(args.data, args.model, args.out, options, workers=workers, device=args.device)
+    model = _model_folder(args.model)
+    for sentence in photograph_all(args.data, args.photos, workers) if args.photos else ():
+        print(sentence)
+    count = cache_sheets(args.data, model, args.out, options, workers=workers, device=args.device)
     print(f"{count} sheets in {args.out}")
+    if args.text:
+        from trainer.tasks.flux_views import cache_words, template_of
+
+        template, out = args.template or template_of(model), args.out / "text"
+        total, fresh = cache_words(
+            [args.out], model, out, template=template, tokens=args.text_tokens, device=args.device
+        )
+        print(f"{total} prompts in {out}, {fresh} of them new")
     return 0
+
+
+def _model_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from triptych.flux.hub import find_model
+
+    return find_model(source).folder
 
 
 def cache_sheets(
@@ -119,7 +166,7 @@ def cache_sheets(
                 f"with --view-size {options.panel}, or choose another --panel"
             )
     out.mkdir(parents=True, exist_ok=True)
-    header = {"format": FORMAT, "options": json.loads(json.dumps(asdict(options))), "vae": _vae_hash(model)}
+    header = {"format": FORMAT, "options": options.header(), "vae": _vae_hash(model)}
     with _alone(out):
         remove_leftovers(out)
         _check_same(out / INDEX, header)
@@ -199,23 +246,38 @@ class SheetSample:
 
 
 def draw_sheet(
-    sample: dict[str, np.ndarray], record: dict[str, Any], yaw: float, variant: int, options: SheetOptions, seed: int
+    sample: dict[str, np.ndarray],
+    record: dict[str, Any],
+    yaw: float,
+    variant: int,
+    options: SheetOptions,
+    seed: int,
+    photos: dict[str, np.ndarray] | None = None,
 ) -> SheetSample:
     """One variant of a prepared sample (see PreparedData), deterministic under ``seed``.
 
     The first variant has the object's own colours, later ones are recoloured. Objects that look to the front of their
-    source keep doing so in the first variant and in half of the later ones; all others take any quarter turn.
+    source keep doing so in the first variant and in half of the later ones; all others take any quarter turn. photos:
+    of the sample (prepare/photos.py), None where there are none.
     """
     generator = np.random.default_rng(seed)
     stays = yaw == 0 and (variant == 0 or generator.random() < 0.5)
-    sample = symmetric_sample(sample, int(generator.integers(2)) * 4 if stays else int(generator.integers(8)))
-    if variant:
-        sample = sample | {"albedo": recoloured(sample["albedo"], draw_recolouring(generator))}
+    symmetry = int(generator.integers(2)) * 4 if stays else int(generator.integers(8))
+    sample = symmetric_sample(sample, symmetry)
+    recolouring = draw_recolouring(generator) if variant else None
+    if recolouring:
+        sample = sample | {"albedo": recoloured(sample["albedo"], recolouring)}
     colours = colour_words(sample["albedo"])
     captions = [caption(record, colours, generator) for _ in range(options.captions)]
-    given = _draw_given(generator, options.lone_photo, sample["albedo"][..., 3].any((1, 2)))
+    given = _draw_given(generator, options.lone_photo, np.any(sample["albedo"][..., 3], axis=(1, 2)))
     sheet = grid(on_background(canonical_shade(sample["albedo"], sample["normal"]), options.background))
-    references = photo_views(sample, given, generator, options.background)
+    if photos is not None and options.photos and generator.random() < options.photos:
+        photos = symmetric_photos(photos, symmetry)
+        if recolouring:
+            photos = photos | {"albedo": recoloured(photos["albedo"], recolouring)}
+        references = photo_references(photos, given, generator, options.background, uncut=options.uncut)
+    else:
+        references = photo_views(sample, given, generator, options.background)
     said = {
         **{key: record.get(key) for key in ("key", "split", "name", "category", "licence", "attribution")},
         "captions": captions,
@@ -242,18 +304,20 @@ def _build_shard(job: tuple[str, list[Place]], model: Path, out: Path, options: 
     name, places = job
     encode = _encoder(str(model), device)
     data = PreparedData(places[0].folder, places[0].split)
+    photos = Photos(places[0].folder) if options.photos else None
     said: list[dict[str, Any]] = []
     targets, references = [], []
     ends: list[int] = []
     for start in range(0, len(places), 8):
         drawn = []
         for place in places[start : start + 8]:
-            _, row, record = data.rows[place.row]
+            shard, row, record = data.rows[place.row]
             yaw = float(record["yaws_deg"][record["rows"].index(row)])
             seed = stream_seed(options.seed, f"sheet/{record['key']}/{row}", place.variant)
-            drawn.append(draw_sheet(data[place.row], record, yaw, place.variant, options, seed))
+            shots = photos.get(shard, row) if photos else None
+            drawn.append(draw_sheet(data[place.row], record, yaw, place.variant, options, seed, shots))
         targets.append(encode(torch.stack([one.sheet for one in drawn])))
-        references.append(encode(torch.cat([one.references for one in drawn])))
+        references.append(encoded_references(encode, [one.references for one in drawn], _is_flux1(model)))
         for one in drawn:
             said.append(one.said)
             ends.append((ends[-1] if ends else 0) + len(one.references))
@@ -273,8 +337,15 @@ def _encoder(model: str, device: str) -> Any:
     return _ENCODERS[model, device]
 
 
+def _is_flux1(model: str | Path) -> bool:
+    config = json.loads((Path(model) / "vae" / "config.json").read_text(encoding="utf-8"))
+    return config.get("_class_name") == "AutoencoderKL"
+
+
 def sheet_encoder(model: str, device: str) -> Any:
-    """The encoder of the autoencoder in ``model``/vae, as Flux.2's pipelines apply it."""
+    """The encoder of the autoencoder in ``model``/vae, as Flux's pipelines apply it."""
+    if _is_flux1(model):
+        return encoder_of(Path(model), torch.device(device), "flux1-kontext")
     from diffusers import AutoencoderKLFlux2
 
     from trainer.tasks.flux_vae import patchified

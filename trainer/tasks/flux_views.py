@@ -19,6 +19,7 @@ every prompt that can be drawn are made once (`cache_words`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -283,6 +284,9 @@ class FluxViewsTask(Task):
     def export(self, model: Any, folder: Path, provenance: dict[str, Any]) -> None:
         """A whole model in diffusers' layout with its card; a LoRA with the card that names its base."""
         config = self.config
+        from trainer.model_card import write_views_card
+
+        provenance = provenance | self._earlier()
         card = self.card(folder.name, provenance)
         if self.base and config.lora.rank:
             card = write_lora(model, folder, self.base, config.lora, card)
@@ -291,6 +295,18 @@ class FluxViewsTask(Task):
         else:
             self.parts.pipeline(model.to(torch.bfloat16)).save_pretrained(folder)
         write_card(folder, card)
+        if not self.base:
+            write_views_card(folder, provenance, self.data.said)
+
+    def _earlier(self) -> dict[str, Any]:
+        """Where the parts come from, when they were trained here."""
+        found = {}
+        for name in ("flux_vae", "flux_text"):
+            file = Path(self.config.parts) / f"{name}.json"
+            if self.config.parts and file.is_file():
+                said = json.loads(file.read_text(encoding="utf-8"))
+                found[name] = said.get("provenance", said)
+        return found
 
     def card(self, name: str, provenance: dict[str, Any]) -> ViewsCard:
         """What users of the exported model need to know."""
@@ -414,16 +430,12 @@ def template_of(model: Path) -> str:
 
 def _widths(parts: Path) -> tuple[int, int]:
     """Channels of a patchified latent and of the words, of a folder's configs."""
-    import json
-
     vae = json.loads((parts / "vae" / "config.json").read_text(encoding="utf-8"))
     text = json.loads((parts / "text_encoder" / "config.json").read_text(encoding="utf-8"))
     return 4 * vae["latent_channels"], 3 * text["hidden_size"]
 
 
 def _vocabulary(file: str) -> tuple[str, ...] | None:
-    import json
-
     return tuple(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
 
