@@ -325,9 +325,7 @@ def weight_bytes(source: str | Path) -> float:
     return sum(path.stat().st_size for path in source.rglob("*.safetensors"))
 
 
-def generated(
-    loaded: LoadedFlux, prompt: str, given: dict[str, np.ndarray], wanted: ViewSettings
-) -> GeneratedViews:
+def generated(loaded: LoadedFlux, prompt: str, given: dict[str, np.ndarray], wanted: ViewSettings) -> GeneratedViews:
     """``views_from_prompt`` on ComfyUI's device, with a picture of the sheet after every step."""
     from ..triptych.pipelines.views import views_from_prompt
 

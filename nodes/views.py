@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..triptych.errors import TriptychError
 from .pictures import MASK_MODES, cut_out, images, over
+from .running import run
 from .schema import ADVANCED, ViewsSocket, schema
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class PrepareViews(io.ComfyNode):
     def execute(cls, layout: str, size: int, foreground: str, mask_shows: str, **given: Any) -> io.NodeOutput:
         from ..triptych.images.views import prepare_views
 
-        views = prepare_views(sources(given, layout, mask_shows), size=size, foreground=foreground)
+        pictured = sources(given, layout, mask_shows)
+        views = run(lambda reporter: prepare_views(pictured, size=size, foreground=foreground))
         pictures = over(views.images, "white")
         shown = ui.PreviewImage(row(views), cls=cls).as_dict() | {"text": ["\n".join(views.warnings)]}
         return io.NodeOutput(views, pictures, views.masks.clone(), ui=shown)

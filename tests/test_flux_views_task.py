@@ -15,6 +15,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from tests.flux_tiny import klein_folder  # noqa: E402
+from trainer.data import JoinedData  # noqa: E402
 from trainer.loop import export, train  # noqa: E402
 from trainer.prepare.build import BuildOptions  # noqa: E402
 from trainer.prepare.run import prepare  # noqa: E402
@@ -193,19 +194,29 @@ def test_the_exported_model_makes_a_sheet(cache, tmp_path):
     assert sheet.shape == (3, 128, 128) and float(sheet.min()) >= 0 and float(sheet.max()) <= 1
 
 
-def test_the_autoencoder_learns_and_knows_its_statistics(prepared, tmp_path):
-    config = replace(
-        build_recipe("flux_vae_tiny"),
-        task_config=FluxVaeConfig(data=(str(prepared),), channels=(32, 32, 32, 32), crop=32, validation_objects=2),
-        **SMALL,
-    )
-    train(config, tmp_path / "vae", device="cpu")
-    export(tmp_path / "vae", tmp_path / "parts", device="cpu")
+def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns(prepared, tmp_path):
     from diffusers import AutoencoderKLFlux2
 
-    vae = AutoencoderKLFlux2.from_pretrained(tmp_path / "parts", subfolder="vae")
-    assert vae.dtype == torch.float32 or vae.bn.running_var.min() > 0
-    assert not torch.allclose(vae.bn.running_var.float(), torch.ones(128))
+    from trainer.linear_codec import patches_of, principal_components
+    from trainer.tasks.flux_vae import component_pictures
+
+    facts = FluxVaeConfig(
+        data=(str(prepared),), channels=(12, 48, 72, 72), crop=32, validation_objects=2, component_sheets=8
+    )
+    config = replace(build_recipe("flux_vae_tiny"), task_config=facts, **SMALL)
+    train(config, tmp_path / "vae", device="cpu")
+    export(tmp_path / "vae", tmp_path / "parts", device="cpu")
+    vae = AutoencoderKLFlux2.from_pretrained(tmp_path / "parts", subfolder="vae", dtype=torch.float32)
+    pixels = component_pictures(JoinedData([prepared]), facts) * 2 - 1
+    directions, squares = principal_components(pixels, facts.background, 32)
+    assert torch.allclose(directions @ directions.T, torch.eye(32), atol=1e-5)
+    assert (squares.diff() <= 0).all()
+    key = torch.tensor(facts.background).view(1, 3, 1, 1) * 2 - 1
+    expected = facts.scale * torch.einsum("lp,bphw->blhw", directions, patches_of(pixels[:2] - key))
+    with torch.no_grad():
+        latents = vae.encode(pixels[:2]).latent_dist.mode()
+    assert (latents - expected).abs().max() < 0.01 * expected.abs().max()  # its weights are bfloat16
+    assert not torch.allclose(vae.bn.running_var, torch.ones(128))
 
 
 def test_comparison_sees_what_is_wrong():

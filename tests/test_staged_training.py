@@ -10,6 +10,7 @@ from test_slat_tasks import SMALL, write_boxes
 from tests.trainer_toy import recipe
 from trainer.checkpoint import find_checkpoint
 from trainer.config import ParameterGroup, TrainConfig, apply_overrides, config_from_dict, config_to_dict
+from trainer.logs import read_log
 from trainer.loop import export, train
 from trainer.losses import scheduled
 from trainer.optim import build_optimizer, frozen_groups, set_learning_rate, trainable

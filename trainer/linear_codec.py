@@ -47,13 +47,18 @@ def principal_components(pixels: Tensor, background: Sequence[float], count: int
 def set_linear_encoder(vae: Any, directions: Tensor, background: Sequence[float], scale: float) -> None:
     """Makes ``vae.encode(pixels).latent_dist.mode()`` the ``scale``-fold components of patches.
 
-    vae: an AutoencoderKLFlux2 of four stages of which the first three have at least 3, 12 and 48 channels, the last one
-    2 x latents + 2, with one group in its norms. directions: (latents, 192) of `principal_components`.
+    vae: an AutoencoderKLFlux2 of four stages of which the first two have at least 12 and 48 channels, the last two equally
+    many, 2 x latents + 2 or more, with one group in its norms. directions: (latents, 192) of `principal_components`.
     """
     encoder, latents = vae.encoder, len(directions)
     width = encoder.conv_norm_out.num_channels
-    if vae.config.norm_num_groups != 1 or width < 2 * latents + 2:
-        raise ValueError(f"a linear encoder of {latents} latents needs one norm group and {2 * latents + 2} channels")
+    channels = tuple(vae.config.block_out_channels)
+    fits = len(channels) == 4 and channels[0] >= 12 and channels[1] >= 48 and channels[2] == width >= 2 * latents + 2
+    if vae.config.norm_num_groups != 1 or not fits:
+        raise ValueError(
+            f"a linear encoder of {latents} latents needs one norm group and four stages of at least 12, 48 and twice "
+            f"{2 * latents + 2} channels, got {channels}"
+        )
     for name, parameter in encoder.named_parameters():
         # Branches end in conv2 or to_out; what lies before them may stay random.
         if any(part in name for part in ("conv2", "to_out", "conv_in", "downsamplers", "conv_shortcut", "conv_out")):

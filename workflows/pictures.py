@@ -75,6 +75,7 @@ def main() -> None:
         "views_to_obj": (card(sides, 170), drawn(four, 280)),
         "image_to_obj": (card(sides[:1], 170), drawn(one, 280)),
         "photo_to_obj": (card(sides[:1], 170), drawn(four, 280)),
+        "photo_to_obj_klein": (card(sides[:1], 170), drawn(four, 280)),
         "text_to_obj": (said(SENTENCE, 170), drawn(whole, 280)),
         "clean_and_texture": (card([drawn(whole, 340, "clay")], 170), drawn(whole, 280)),
         "turntable": (card([drawn(four, 340)], 150), around),

@@ -41,9 +41,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         if (self.half_extent is None) == (self.fov_deg is None):
-            raise ValueError(
-                f"a camera has either half_extent or fov_deg, got {self.half_extent=} and {self.fov_deg=}"
-            )
+            raise ValueError(f"a camera has either half_extent or fov_deg, got {self.half_extent=} and {self.fov_deg=}")
         if not -90 < self.elevation_deg < 90:
             raise ValueError(f"elevation_deg must lie in (-90, 90), got {self.elevation_deg}")
 

@@ -269,9 +269,7 @@ def _pixel_width(depth: np.ndarray, camera: Camera, size: int) -> np.ndarray | f
     return 2 * depth * math.tan(math.radians(camera.fov_deg or 0.0) / 2) / size
 
 
-def _pixels_of(
-    points: np.ndarray, camera: Camera, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _pixels_of(points: np.ndarray, camera: Camera, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Row, column (clipped to the picture), depth of points (N, 3), and whether they are in the frame: (N,) each."""
     ndc, depth = (tensor.numpy() for tensor in camera.project(torch.from_numpy(points)))
     column = np.floor((ndc[:, 0] + 1) / 2 * size)

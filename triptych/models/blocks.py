@@ -396,5 +396,3 @@ def set_torso_dtype(modules: nn.Module, dtype: torch.dtype) -> None:
     for module in modules.modules():
         if isinstance(module, nn.Linear | nn.Conv3d):
             module.to(dtype)
-
-

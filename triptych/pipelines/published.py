@@ -163,7 +163,7 @@ def mesh_from_pictures(
         ):
             features = network(slat)
         with clock.stage("mesh", 0.93, 1.0), stages.run("mesh"):
-            mesh = _finished(mesh_of_features(features), settings, texture_views)
+            mesh = _finished(mesh_of_features(features), settings, texture_views, clock.step, cancel)
     where = coords[:, 1:].cpu().numpy()
     return PublishedReconstruction(mesh, where, clock.seconds, tuple(stages.memory), notes, settings)
 
@@ -337,10 +337,18 @@ def _adapted(flow: nn.Module, settings: PublishedSettings) -> nn.Module:
     return flow
 
 
-def _finished(mesh: Mesh, settings: PublishedSettings, views: ViewSet | None) -> Mesh:
+def _finished(
+    mesh: Mesh,
+    settings: PublishedSettings,
+    views: ViewSet | None,
+    step: Callable[[float], None],
+    cancel: Cancel | None,
+) -> Mesh:
     if settings.target_faces and len(mesh.faces) > settings.target_faces:
         mesh = decimate(mesh, settings.target_faces)
     if views is not None:
         fill: Fill = "diffuse" if mesh.colors is None else "colors"  # what no view shows keeps its predicted colour
-        mesh = colour_from_views(mesh.normalized(), views, texture_size=settings.texture_size, fill=fill)
+        mesh = colour_from_views(
+            mesh.normalized(), views, texture_size=settings.texture_size, fill=fill, progress=step, cancel=cancel
+        )
     return mesh

@@ -28,7 +28,7 @@ def nvdiffrast_installed() -> bool:
 
 
 def choose_backend(backend: str, device: torch.device, faces: int = 0, longest_side: int = 0) -> str:
-    """"torch" or "nvdiffrast". ``auto`` takes nvdiffrast only on CUDA, when installed, and for sizes that it supports.
+    """ "torch" or "nvdiffrast". ``auto`` takes nvdiffrast only on CUDA, when installed, and for sizes that it supports.
 
     Raises TriptychError for an unknown name, and for nvdiffrast where it cannot run.
     """
