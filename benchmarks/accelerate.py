@@ -1,6 +1,7 @@
 """What torch.compile and 8-bit weights bring to the two flows, and what error they cost: one run, one table.
 
-    python benchmarks/accelerate.py [--shape small|published] [--device cpu|cuda] [--repeats 5] [--threads 1]
+    python benchmarks/accelerate.py [--shape small|published] [--device cpu|cuda] [--flows structure_flow]
+        [--no-compile] [--repeats 5] [--threads 1]
 
 Each flow has random weights everywhere and runs on the same noise, time and tokens in float32 (the reference), in
 bfloat16, in bfloat16 with compiled blocks, with 8-bit matrices (torchao), and with both. Error: root mean square of the
@@ -98,11 +99,15 @@ def velocity(flow: nn.Module, given: tuple[Any, Tensor, Tensor]) -> Tensor:
     return (out.feats if isinstance(out, SparseTensor) else cast(Tensor, out)).float()
 
 
-def measure(shape: Shape, name: str, device: str, repeats: int, say: Callable[[str], None]) -> dict[str, dict]:
+def measure(
+    shape: Shape, name: str, device: str, repeats: int, compiled: bool, say: Callable[[str], None]
+) -> dict[str, dict]:
     """Seconds, error and bytes of each variant of a flow; a variant that cannot run here is said and left out."""
     given, found = inputs(shape, name, device), dict[str, dict]()
     truth = torch.zeros(())
     for variant in VARIANTS:
+        if VARIANTS[variant][2] and not compiled:
+            continue
         try:
             with torch.no_grad():
                 flow = network(shape, name, variant, device)
@@ -135,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=("small", "published"), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--flows", nargs="+", choices=FLOWS, default=FLOWS)
+    parser.add_argument("--no-compile", action="store_true", help="leave out what compiles for minutes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
@@ -146,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = Shape(LARGE, 20_000, 1374, 1) if args.shape == "published" else small_shape()
     if args.device == "cpu" and args.threads == 1:
         print("processor time of one thread")
-    print(table({name: measure(shape, name, args.device, args.repeats, print) for name in FLOWS}))
+    compiled = not args.no_compile
+    print(table({name: measure(shape, name, args.device, args.repeats, compiled, print) for name in args.flows}))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from trainer.tasks.flux_views import (  # noqa: E402
     TransformerSize,
     compared,
     frozen_parts,
+    spread_words,
     velocity_of,
 )
 from triptych.errors import TriptychError  # noqa: E402
@@ -217,6 +218,22 @@ def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns
         latents = vae.encode(pixels[:2]).latent_dist.mode()
     assert (latents - expected).abs().max() < 0.01 * expected.abs().max()  # its weights are bfloat16
     assert not torch.allclose(vae.bn.running_var, torch.ones(128))
+
+
+def test_words_are_spread_so_that_their_differences_show():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(1, 6, 16, generator=generator) * 30
+    words = shared + torch.randn(200, 6, 16, generator=generator) * 0.05
+    weight = torch.randn(8, 16, generator=generator)
+    before, size = weight.clone(), (words @ weight.T).square().mean()
+    spread_words(weight, words)
+
+    def contrast(w: torch.Tensor) -> float:
+        seen = words @ w.T
+        return float((seen - seen.mean(0)).std() / seen.std())
+
+    assert contrast(weight) > 20 * contrast(before)
+    assert (words @ weight.T).square().mean() == pytest.approx(float(size), rel=1e-3)
 
 
 def test_comparison_sees_what_is_wrong():

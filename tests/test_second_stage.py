@@ -269,6 +269,11 @@ def test_a_second_stage_is_trained_exported_and_used(data):
         torch.testing.assert_close(value, lent[key])
     train(flow, data / "flow", device="cpu")
     export(data / "flow", data / "second", device="cpu")
+    task.setup(torch.device("cpu"))
+    task.fields.get = lambda shard, row, number: (np.full((64,) * 3, -127, np.int8), [0, 1, 2, 3])  # nothing inside
+    model = task.build_model()
+    assert task.validate(model) == {"latent_error": 1, "chamfer": 1, "chamfer_first": 1, "loss": 1}
+    assert task.pictures(model).size[0] > 0
     second = load_bundle(data / "second")
     assert second.manifest.provenance["slat_vae"]["step"] == 2
     join_bundles([load_bundle(data / "first"), second], data / "whole")

@@ -47,8 +47,9 @@ def principal_components(pixels: Tensor, background: Sequence[float], count: int
 def set_linear_encoder(vae: Any, directions: Tensor, background: Sequence[float], scale: float) -> None:
     """Makes ``vae.encode(pixels).latent_dist.mode()`` the ``scale``-fold components of patches.
 
-    vae: an AutoencoderKLFlux2 of four stages of which the first two have at least 12 and 48 channels, the last two equally
-    many, 2 x latents + 2 or more, with one group in its norms. directions: (latents, 192) of `principal_components`.
+    vae: an AutoencoderKLFlux2 of four stages of which the first two have at least 12 and 48 channels, the last two
+    equally many, 2 x latents + 2 or more, with one group in its norms. directions: (latents, 192) of
+    `principal_components`.
     """
     encoder, latents = vae.encoder, len(directions)
     width = encoder.conv_norm_out.num_channels

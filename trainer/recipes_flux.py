@@ -71,6 +71,7 @@ def flux_views_tiny() -> TrainConfig:
             sample_steps=3,
             drop_references=0.45,
             drop_text=0.15,
+            spread_prompts=1500,
         ),
         steps=4000,
         batch_size=16,

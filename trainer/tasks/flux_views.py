@@ -75,6 +75,8 @@ class FluxViewsConfig:
     quantisation, gradient_checkpointing: how, see trainer/flux_base.py. text: a folder of cached prompts; "" keeps the
     text encoder at hand. sample_shift: of the sampler and the card, 0 takes that of training. sample_batch: sheets
     generated at a time, 0 for all. licence: of the weights, for the card; "" takes the base's (of ours: Apache-2.0).
+    spread_prompts: for a transformer from random weights: how many prompts its first look at words is spread by, see
+    `spread_words`; 0 leaves it random.
     """
 
     cache: tuple[str, ...]
@@ -99,6 +101,7 @@ class FluxViewsConfig:
     text: str = ""
     sample_shift: float = 0.0
     sample_batch: int = 0
+    spread_prompts: int = 0
     licence: str = ""
 
 
@@ -130,9 +133,21 @@ class FluxViewsTask(Task):
         if self.base:
             return training_transformer(self.base, config.lora, config.quantisation, config.gradient_checkpointing)
         model = small_transformer(config.size, *_widths(Path(config.parts)))
+        if config.spread_prompts:
+            spread_words(model.context_embedder.weight, self._embedded_prompts(config.spread_prompts))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
+
+    def _embedded_prompts(self, count: int) -> Tensor:
+        """(N, tokens, D) of prompts spread over the training sheets, the same on every call."""
+        config, said = self.config, SheetData(self.config.cache, "train").said
+        places = np.linspace(0, len(said) - 1, min(count, len(said))).astype(int)
+        prompts = [
+            config.prompt_template.format(text=said[place]["captions"][0], given=("nothing", "front")[number % 2])
+            for number, place in enumerate(places)
+        ]
+        return FrozenParts(Path(config.parts), torch.device("cpu")).embed(prompts, config.text_tokens)
 
     def setup(self, device: torch.device) -> None:
         config = self.config
@@ -426,6 +441,22 @@ def template_of(model: Path) -> str:
     if (model / "views.json").is_file():
         return read_card(model).prompt_template
     return default_card(architecture_of(model)).prompt_template if (model / "model_index.json").is_file() else TEMPLATE
+
+
+@torch.no_grad()
+def spread_words(weight: Tensor, words: Tensor) -> None:
+    """Makes the projection of words (C, D) see what differs between prompts as strongly as what they share.
+
+    Of a small text encoder's states nearly all is template: the mean squares of their directions lie a factor of
+    thousands apart, and "red" and "blue" in the weak ones, where a random projection hardly learns to look. So it is
+    preceded by the inverse square root of their second moments, and scaled to the size it had. words: (N, L, D).
+    """
+    states = words.float().reshape(-1, words.shape[-1])
+    moments = (states.T.double() @ states.double()) / len(states)
+    squares, directions = torch.linalg.eigh(moments)
+    floor = 2e-3 * squares.mean()
+    spread = weight @ (directions @ torch.diag((squares + floor).rsqrt()) @ directions.T).float()
+    weight.copy_(spread * ((states @ weight.T).square().mean() / (states @ spread.T).square().mean()).sqrt())
 
 
 def _widths(parts: Path) -> tuple[int, int]:

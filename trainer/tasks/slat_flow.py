@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trainer.data import Recolouring, draw_recolouring, posed_views, relight, symmetric_sample
 from trainer.prepare.predicted import PredictedFields
 from trainer.structured import StructuredData, capped, decode_attributes, symmetric_attributes, symmetric_coords
+from trainer.tasks.mesh_supervision import two_sided_distance
 from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, rig_cameras
@@ -38,6 +39,7 @@ from triptych.sampling.flow_matching import interpolate, logit_normal_times
 from triptych.sparse.tensor import SparseTensor
 
 _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
+_NOTHING = Mesh(np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,9 @@ class SlatFlowTask:
         for index in range(0, len(self.held_out), max(1, len(self.held_out) // count)):
             generator = np.random.default_rng(index)
             batch = self.collate([self.draw(self.held_out, index, generator, number, training=False)])
+            if not len(batch["coords"]):  # a first stage that found nothing leaves nothing to refine
+                yield index, batch, batch["noise"].to(self.device)
+                continue
             x = self.voxels(batch, batch["noise"].to(self.device))
             cond = model.condition(self.posed(batch), x, self.field_of(batch))
             yield index, batch, model.predict(x, torch.full((1,), 1000.0, device=self.device), cond).feats.float()
@@ -255,17 +260,20 @@ class SlatFlowTask:
         """One-step predictions from noise with all four views (set 0) on held-out objects.
 
         latent_error: mean squared, of the known voxels (1: no better than the mean). chamfer, chamfer_first: of the
-        mesh, and of the first stage's isosurface, to the true surface.
+        mesh, and of the first stage's isosurface, to the true surface. An object of which the first stage found nothing
+        counts 1 in each.
         """
         found: dict[str, list[float]] = {"latent_error": [], "chamfer": [], "chamfer_first": []}
         for index, batch, clean in self.predictions(model, 0, self.config.validation_objects):
             known = batch["known"].to(self.device)
-            error = (clean - self.latents(model, batch)).square().mean(dim=1)[known].mean()
-            found["latent_error"].append(float(error))
-            first = isosurface(self.field_of(batch)[0].cpu().numpy())
-            true = self._surface_points(index)
-            found["chamfer"].append(_chamfer(self._mesh(model, batch, clean), true))
-            found["chamfer_first"].append(_chamfer(first, true))
+            error = 1.0
+            if known.any():
+                error = float((clean - self.latents(model, batch)).square().mean(dim=1)[known].mean())
+            found["latent_error"].append(error)
+            field, true = self.field_of(batch)[0].cpu().numpy(), self._surface_points(index)
+            first = isosurface(field) if (field > 0).any() else _NOTHING
+            found["chamfer"].append(two_sided_distance(self._mesh(model, batch, clean), true, samples=20_000))
+            found["chamfer_first"].append(two_sided_distance(first, true, samples=20_000))
         means = {key: float(np.mean(values)) for key, values in found.items()}
         return means | {"loss": means["latent_error"]}
 
@@ -273,6 +281,8 @@ class SlatFlowTask:
         return self.held_out[index]["points"].astype(np.float32) / 65534
 
     def _mesh(self, model: LiftedSLatFlow, batch: dict[str, Any], clean: Tensor) -> Mesh:
+        if not len(clean):
+            return _NOTHING
         latents = self.voxels(batch, model.denormalize(clean))
         return mesh_from_latents(self.decoder, latents, self.field_of(batch)[0])
 
@@ -280,8 +290,12 @@ class SlatFlowTask:
         """Held-out objects: what was prepared, then the mesh from four views."""
         rows = []
         for index, batch, clean in self.predictions(model, 0, 4):
-            drawn = render_views(self._mesh(model, batch, clean), _RIG, self.config.image_size)
             albedo = torch.from_numpy(self.held_out.views(index)["albedo"]).permute(0, 3, 1, 2).float() / 255
+            mesh = self._mesh(model, batch, clean)
+            if not len(mesh.faces):
+                rows += [albedo]
+                continue
+            drawn = render_views(mesh, _RIG, self.config.image_size)
             rows += [albedo, torch.cat([picture(drawn, _RIG, mode) for mode in ("albedo", "normal")])]
         return contact_sheet(rows) if rows else None
 
@@ -326,16 +340,3 @@ def lend_encoder(model: LiftedSLatFlow, bundle: Bundle) -> None:
             getattr(model, name).load_state_dict(getattr(lender, name).state_dict())
         except RuntimeError as error:
             raise TriptychError(f"the {name} of {bundle.name} does not fit the config: {error}") from error
-
-
-def _chamfer(mesh: Mesh, points: np.ndarray) -> float:
-    from scipy.spatial import cKDTree
-
-    from triptych.geometry.metrics import sample_surface
-
-    if not len(mesh.faces):
-        return 1.0
-    found, _ = sample_surface(mesh, 20_000)
-    there = cKDTree(found).query(points)[0].mean()
-    back = cKDTree(points).query(found[::4])[0].mean()
-    return float(there + back) / 2
