@@ -39,6 +39,7 @@ from triptych.images.views import ViewSet
 from triptych.pipelines.reconstruct import (
     DEFAULT_STEPS,
     Settings,
+    fill_of,
     latents_of,
     structure_from_views,
     surface_from_field,
@@ -84,7 +85,7 @@ def colour_score(mesh: Mesh, views: ViewSet, truth: torch.Tensor) -> dict[str, f
     """PSNR and SSIM over the union mask of NOVEL's pictures; truth (8, 4, S, S): the lit object, straight alpha."""
     from skimage.metrics import structural_similarity
 
-    coloured = colour_from_views(mesh, views, texture_size=0, fill="diffuse" if mesh.colors is None else "colors")
+    coloured = colour_from_views(mesh, views, texture_size=0, fill=fill_of(mesh, views))
     drawn = render_views(coloured, NOVEL, NOVEL_SIZE)
     psnr, ssim = [], []
     for rgb, alpha, true in zip(drawn.albedo, drawn.alpha, truth, strict=True):

@@ -16,7 +16,16 @@ Recipe = Callable[[], TrainConfig]
 # Recipes of the second stage and of the published shape live in files of their own; naming them imports nothing.
 RECIPES: dict[str, str] = {
     name: f"trainer.recipes_slat:{name}"
-    for name in ("slat_vae_tiny", "slat_flow_tiny", "mesh_decoder_tiny", "slat_vae_large", "mesh_decoder_large")
+    for name in (
+        "slat_vae_tiny",
+        "slat_flow_tiny",
+        "mesh_decoder_tiny",
+        "slat_vae_large",
+        "mesh_decoder_large",
+        "slat_vae_learned",
+        "mesh_decoder_staged",
+        "slat_flow_staged",
+    )
 }
 _LARGE = ("structure_flow_large", "slat_flow_large", "large_multiview_lora")
 RECIPES |= {name: f"trainer.recipes_large:{name}" for name in _LARGE}

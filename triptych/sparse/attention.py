@@ -205,8 +205,8 @@ class _GroupedAttention(torch.autograd.Function):
 
     Rows are gathered, attended to and put back part by part, in buffers that the next part uses again: written out
     whole, the padded queries, keys and values of 20,000 rows and 12 heads cost as much in page faults and memory
-    traffic as the arithmetic does. Scores are kept in the dtype of qkv; in bfloat16 that rounds them by a relative 2^-9. The
-    backward pass computes the probabilities again instead of keeping them.
+    traffic as the arithmetic does. Scores are kept in the dtype of qkv; in bfloat16 that rounds them by a relative
+    2^-9. The backward pass computes the probabilities again instead of keeping them.
     """
 
     @staticmethod
