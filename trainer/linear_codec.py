@@ -75,11 +75,11 @@ def set_linear_encoder(vae: Any, directions: Tensor, background: Sequence[float]
     gather = torch.zeros(4, 2, 2)
     for place in range(4):
         gather[place, place // 2, place % 2] = 1.0
-    for block, channels in zip(encoder.down_blocks[:2], (3, 12), strict=True):
+    for block, gathered in zip(encoder.down_blocks[:2], (3, 12), strict=True):
         weight = block.downsamplers[0].conv.weight
         for place in range(4):
-            for channel in range(channels):
-                weight[place * channels + channel, channel, :2, :2] = gather[place]
+            for channel in range(gathered):
+                weight[place * gathered + channel, channel, :2, :2] = gather[place]
     project, bias = encoder.down_blocks[2].downsamplers[0].conv.weight, encoder.down_blocks[2].downsamplers[0].conv.bias
     kernel = torch.einsum("lpc,pyx->lcyx", directions.view(latents, 4, 48), gather)
     project[:latents, :48, :2, :2] = kernel
