@@ -147,11 +147,11 @@ def sheet_panels(
 ) -> Panels:
     """One sheet of the model, cut out."""
     from triptych.flux.panels import sheet_to_views
-    from triptych.flux.prompts import fill_template
+    from triptych.flux.prompts import fill_template, usual_guidance
 
     card = model.card
     steps = card.steps if protocol.steps is None else protocol.steps
-    guidance = card.guidance if protocol.guidance is None else protocol.guidance
+    guidance = usual_guidance(card, text) if protocol.guidance is None else protocol.guidance
     prompt = fill_template(card, text, given)
     sheet = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance)
     return sheet_to_views(sheet, card.background)
