@@ -145,3 +145,19 @@ def test_a_sheet_of_wrong_shape_or_with_undefined_values():
             sheet_to_views(torch.zeros(shape), MAGENTA)
     found = sheet_to_views(torch.full((3, 64, 64), torch.nan), MAGENTA)
     assert all(np.isfinite(view).all() for view in found.values())
+
+
+def test_a_soft_sheet_gives_its_key_colour_back_inside_too():
+    key = np.array([1.0, 0.0, 1.0], dtype=np.float32)
+    own = np.array([0.7, 0.5, 0.3], dtype=np.float32)
+    cell = np.tile(key, (64, 64, 1))
+    cell[12:52, 12:52] = 0.75 * own + 0.25 * key
+    sheet = np.tile(cell, (2, 2, 1)).transpose(2, 0, 1)
+    plain, soft = (sheet_to_views(sheet, tuple(key), soft=is_soft)["back"] for is_soft in (False, True))
+    assert np.array_equal(plain[..., 3], soft[..., 3])
+    assert np.abs(plain[24:40, 24:40, :3] - cell[24:40, 24:40]).max() < 1e-6
+    # The share that is seen is the key's own less what the object's hue hides of it.
+    seen = 0.75 * 0.3 + 0.25 - 0.75 * 0.5
+    assert np.allclose(soft[24:40, 24:40, :3], (cell[24:40, 24:40] - seen * key) / (1 - seen), atol=1e-5)
+    white = sheet_to_views(np.ones((3, 128, 128), dtype=np.float32), (1.0, 1.0, 1.0), soft=True)
+    assert set(white) == {"front", "left", "back", "right"}

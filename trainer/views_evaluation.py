@@ -154,7 +154,7 @@ def sheet_panels(
     guidance = usual_guidance(card, text) if protocol.guidance is None else protocol.guidance
     prompt = fill_template(card, text, given)
     sheet = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance)
-    return sheet_to_views(sheet, card.background)
+    return sheet_to_views(sheet, card.background, soft=card.vocabulary is not None)
 
 
 def score_object(

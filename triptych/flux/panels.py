@@ -35,19 +35,27 @@ _TOLERANCE = 0.08  # about what a plain background varies by, per channel
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
-def sheet_to_views(sheet: Tensor | np.ndarray, background: Sequence[float]) -> dict[str, np.ndarray]:
+def sheet_to_views(
+    sheet: Tensor | np.ndarray, background: Sequence[float], *, soft: bool = False
+) -> dict[str, np.ndarray]:
     """A 2 x 2 sheet -> front, left, back, right, each (S, S, 4) float32 sRGB straight alpha 0-1, free of background.
 
     sheet: (3, 2S, 2S) float 0-1 sRGB. background: the colour that the model paints around the object, sRGB 0-1. A panel
-    without an object is transparent; one without background is opaque: `check_views` speaks of both. Raises
-    TriptychError for another shape.
+    without an object is transparent; one without background is opaque: `check_views` speaks of both. soft: of a small
+    model, which is unsure of outlines and so mixes a key colour into whole parts: it is taken out of them too, and
+    objects of the key's own hue turn grey. Raises TriptychError for another shape.
     """
     pixels = np.asarray(sheet.detach().float().cpu() if isinstance(sheet, Tensor) else sheet, dtype=np.float32)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2] or pixels.shape[1] % 2:
         raise TriptychError(f"a view sheet must be (3, 2S, 2S), got shape {tuple(pixels.shape)}")
     rgb = np.clip(np.nan_to_num(pixels), 0, 1).transpose(1, 2, 0)
     cells = [cell for half in np.split(rgb, 2, axis=0) for cell in np.split(half, 2, axis=1)]
-    return {name: cut_panel(cell, background) for name, cell in zip(VIEW_NAMES, cells, strict=True)}
+    views = {name: cut_panel(cell, background) for name, cell in zip(VIEW_NAMES, cells, strict=True)}
+    key = np.asarray(background, dtype=np.float32)
+    if soft and _is_saturated(key):
+        for rgba in views.values():
+            rgba[..., :3] = _unmixed(rgba[..., :3], key)
+    return views
 
 
 def cut_panel(rgb: np.ndarray, background: Sequence[float]) -> np.ndarray:
@@ -200,6 +208,12 @@ def _nearest(mask: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarra
         mask = share == share.min()
     rows, columns = ndimage.distance_transform_edt(~mask, return_distances=False, return_indices=True)
     return rows, columns
+
+
+def _unmixed(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) less the share of the key in them, up to the share at which a pixel is background."""
+    share = np.clip(key_share(rgb, key), 0, _KEYED)[..., None]
+    return np.clip((rgb - share * key) / (1 - share), 0, 1)
 
 
 def _despill(

@@ -239,7 +239,7 @@ def _draw(
         seed = (settings.seed + roll) % _SEEDS
         drawn = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance, on_step=on_step)
         sheet = drawn.detach().to("cpu", torch.float32)
-        panels = sheet_to_views(sheet, card.background)
+        panels = sheet_to_views(sheet, card.background, soft=card.vocabulary is not None)
         attempts.append(_Attempt(seed, sheet, panels, check_views(panels, missing)))
         if not attempts[-1].complaints:
             break
