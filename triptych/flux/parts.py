@@ -26,7 +26,7 @@ from .hub import read_index, read_json
 
 OFFLOADS = ("auto", "none", "model", "sequential")
 QUANTISATIONS = ("none", "int8", "nf4", "fp8")
-_INSTALL = "pip install diffusers transformers peft"
+_INSTALL = "pip install diffusers transformers accelerate peft"
 
 # Architecture -> pipeline class in diffusers, and its parts: library and the classes that may stand in the index.
 _KLEIN = {
