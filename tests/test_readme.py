@@ -86,7 +86,7 @@ def test_every_command_line_of_the_readme_goes_through_run_py():
     assert len(lines) >= 12
     assert all(words[:2] == ["python", "run.py"] for words in lines)
     shown = {words[2] for words in lines}
-    library = {"views", "convert", "render", "inspect", "compare", "parity", "api"}
+    library = {"generate", "views", "convert", "render", "inspect", "compare", "parity", "api"}
     assert shown == library | {"demo", "test", "web", "trainer"}
 
 
