@@ -515,7 +515,8 @@ def test_a_card_for_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, package: str) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    with pytest.raises(TriptychError, match=rf"need the package {package}, .*: pip install diffusers transformers accelerate peft"):
+    remedy = "pip install diffusers transformers accelerate peft"
+    with pytest.raises(TriptychError, match=rf"need the package {package}, .*: {remedy}"):
         load_flux_views(klein_folder("mini"))
 
 
