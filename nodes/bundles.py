@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..triptych.errors import TriptychError
 from .paths import checked_name, fingerprint
-from .schema import BundleSocket, schema
+from .schema import BundleSocket, repository_input, schema
 
 if TYPE_CHECKING:
     from ..triptych.bundles.bundle import Bundle
@@ -56,13 +56,7 @@ class LoadBundle(io.ComfyNode):
                     tooltip="A bundle that comes with the pack, or a folder in models/triptych with a bundle.json. "
                     "triptych-tiny needs no download and runs on a processor.",
                 ),
-                io.String.Input(
-                    "repository",
-                    default="",
-                    optional=True,
-                    tooltip="A Hugging Face id, owner/name. When given, it is downloaded once and used instead of the "
-                    "name above.",
-                ),
+                repository_input(),
             ],
             outputs=[BundleSocket.Output("bundle", tooltip="For Reconstruct.")],
         )

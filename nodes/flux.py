@@ -18,10 +18,10 @@ from comfy_api.latest import io, ui
 from ..triptych.errors import TriptychError
 from .bundles import EMBEDDED, FOLDER
 from .paths import checked_name, fingerprint
-from .pictures import MASK_MODES, cut_out, over
+from .pictures import over
 from .running import Reporter, run
-from .schema import ADVANCED, ViewsSocket, schema
-from .views import NAMES
+from .schema import ADVANCED, ViewsSocket, repository_input, schema
+from .view_inputs import NAMES, connected_sides, foreground_inputs, mask_inputs, missing_side_inputs, side_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,13 +78,7 @@ class LoadFlux(io.ComfyNode):
                     tooltip="triptych-tiny comes with the pack and runs on a processor. Others are folders in "
                     "diffusers layout in models/triptych or models/diffusers.",
                 ),
-                io.String.Input(
-                    "repository",
-                    default="",
-                    optional=True,
-                    tooltip="A Hugging Face id, owner/name. When given, it is downloaded once and used instead of the "
-                    "name above.",
-                ),
+                repository_input(),
                 io.Combo.Input(
                     "lora",
                     options=[NO_LORA, *lora_names()],
@@ -165,18 +159,6 @@ class LoadFlux(io.ComfyNode):
 class FluxViews(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        pictures = [
-            io.Image.Input(name, optional=True, tooltip=f"A picture of the {name}, if there is one; the rest is drawn.")
-            for name in NAMES
-        ]
-        masks = [
-            io.Mask.Input(f"{name}_mask", optional=True, tooltip=f"Which part of the {name} picture is the object.")
-            for name in NAMES
-        ]
-        drawn = [
-            io.Image.Output(f"{name}_view", display_name=name, tooltip=f"The prepared {name} view over white.")
-            for name in NAMES
-        ]
         return schema(
             "FluxViews",
             display_name="Flux views",
@@ -185,8 +167,8 @@ class FluxViews(io.ComfyNode):
             search_aliases=["text to 3d", "text to multiview", "image to multiview", "turnaround", "generate views"],
             inputs=[
                 FluxSocket.Input("model", tooltip="From Load Flux views model."),
-                *pictures,
-                *masks,
+                *missing_side_inputs(),
+                *mask_inputs(),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -228,21 +210,7 @@ class FluxViews(io.ComfyNode):
                     step=64,
                     tooltip="Side of a prepared view in pixels; the texture is taken from these.",
                 ),
-                io.Combo.Input(
-                    "foreground",
-                    options=["auto", "alpha", "plain", "matting"],
-                    default="auto",
-                    tooltip="How the object is found in the pictures: by mask or transparency, on a plain background, "
-                    "or by a matting network (package rembg). auto takes the first that works.",
-                ),
-                io.Combo.Input(
-                    "mask_shows",
-                    options=list(MASK_MODES),
-                    default="auto",
-                    tooltip="What is white in the masks. Load Image marks the background, segmentation nodes the "
-                    "object; auto looks at the picture's border.",
-                    **ADVANCED,
-                ),
+                *foreground_inputs(" in the pictures"),
             ],
             outputs=[
                 ViewsSocket.Output("views", tooltip="For Reconstruct and Texture mesh."),
@@ -252,7 +220,7 @@ class FluxViews(io.ComfyNode):
                     tooltip="The four views in one picture over white: front and left above, back and right below.",
                 ),
                 io.Mask.Output("sheet_mask", display_name="sheet mask", tooltip="White where an object is."),
-                *drawn,
+                *side_outputs(),
                 io.String.Output("info", display_name="info", tooltip="What was drawn, settings used, warnings."),
             ],
         )
@@ -263,11 +231,7 @@ class FluxViews(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..triptych.pipelines.views import ViewSettings
 
-        given = {
-            name: cut_out(image, rest.get(f"{name}_mask"), mask_shows, f"the {name} view")
-            for name in NAMES
-            if (image := rest.get(name)) is not None
-        }
+        given = connected_sides(rest, mask_shows)
         wanted = ViewSettings(
             seed=rest["seed"],
             steps=steps or None,

@@ -17,9 +17,9 @@ from comfy_api.latest import io, ui
 from ..triptych.errors import TriptychError
 from .flux import flattened, model_folder, model_names, state
 from .flux_models import card_of, load_small_klein
-from .pictures import MASK_MODES, cut_out, images, over, picture
+from .pictures import images, over, picture
 from .schema import ADVANCED, ViewsSocket, schema
-from .views import NAMES
+from .view_inputs import NAMES, connected_sides, foreground_inputs, mask_inputs, missing_side_inputs, side_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,14 +54,6 @@ class Plan:
 class FluxPrepare(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        pictures = [
-            io.Image.Input(name, optional=True, tooltip=f"A picture of the {name}, if there is one; the rest is drawn.")
-            for name in NAMES
-        ]
-        masks = [
-            io.Mask.Input(f"{name}_mask", optional=True, tooltip=f"Which part of the {name} picture is the object.")
-            for name in NAMES
-        ]
         return schema(
             "FluxPrepare",
             display_name="Flux views: prepare",
@@ -70,8 +62,8 @@ class FluxPrepare(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoder of the Flux model."),
                 io.Vae.Input("vae", tooltip="The VAE of the Flux model; by it, FLUX.1 and FLUX.2 are told apart."),
-                *pictures,
-                *masks,
+                *missing_side_inputs(),
+                *mask_inputs(),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -118,21 +110,7 @@ class FluxPrepare(io.ComfyNode):
                     step=64,
                     tooltip="Side of a finished view in pixels; the texture is taken from these.",
                 ),
-                io.Combo.Input(
-                    "foreground",
-                    options=["auto", "alpha", "plain", "matting"],
-                    default="auto",
-                    tooltip="How the object is found in the pictures: by mask or transparency, on a plain background, "
-                    "or by a matting network (package rembg). auto takes the first that works.",
-                ),
-                io.Combo.Input(
-                    "mask_shows",
-                    options=list(MASK_MODES),
-                    default="auto",
-                    tooltip="What is white in the masks. Load Image marks the background, segmentation nodes the "
-                    "object; auto looks at the picture's border.",
-                    **ADVANCED,
-                ),
+                *foreground_inputs(" in the pictures"),
                 io.String.Input(
                     "template",
                     default="",
@@ -170,11 +148,7 @@ class FluxPrepare(io.ComfyNode):
         from ..triptych.flux.prompts import check_prompt, fill_template
 
         card = asked_card(card_of(vae), **{name: rest[name] for name in _CHOICES})
-        sources = {
-            name: cut_out(image, rest.get(f"{name}_mask"), mask_shows, f"the {name} view")
-            for name in NAMES
-            if (image := rest.get(name)) is not None
-        }
+        sources = connected_sides(rest, mask_shows)
         given = prepared(sources, size, foreground)
         words, said = check_prompt(prompt, card, given is not None)
         text = fill_template(card, words, sources)
@@ -198,10 +172,6 @@ class FluxPrepare(io.ComfyNode):
 class FluxSplit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        drawn = [
-            io.Image.Output(f"{name}_view", display_name=name, tooltip=f"The prepared {name} view over white.")
-            for name in NAMES
-        ]
         return schema(
             "FluxSplit",
             display_name="Flux views: split",
@@ -238,7 +208,7 @@ class FluxSplit(io.ComfyNode):
                     tooltip="The finished views in one picture over white: front and left above, back and right below.",
                 ),
                 io.Mask.Output("sheet_mask", display_name="sheet mask", tooltip="White where an object is."),
-                *drawn,
+                *side_outputs(),
                 io.Mask.Output("masks", display_name="masks", tooltip="White where the object is, a batch."),
                 io.String.Output("info", display_name="info", tooltip="What was drawn, and warnings."),
             ],
@@ -392,12 +362,14 @@ def put_together(
     sheet: Tensor, plan: Plan | None, colour: tuple[float, float, float], size: int
 ) -> tuple[ViewSet, tuple[str, ...]]:
     """The view set of a drawn IMAGE and the plan's given views, and all warnings."""
-    from ..triptych.flux.panels import check_views, grouped, sheet_to_views
+    from ..triptych.flux.card import default_card
+    from ..triptych.flux.panels import check_views, cut_sheet, grouped
     from ..triptych.pipelines.views import put_together as one_set
 
     given = plan.given if plan else None
     missing = plan.missing if plan else NAMES
-    panels = sheet_to_views(picture(sheet, "the sheet")[..., :3].transpose(2, 0, 1), colour)
+    card = plan.card if plan else default_card("flux2-klein")
+    panels = cut_sheet(picture(sheet, "the sheet")[..., :3].transpose(2, 0, 1), replace(card, background=colour))
     complaints = check_views(panels, missing)
     views, notes = one_set(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
     if complaints:

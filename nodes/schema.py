@@ -30,6 +30,16 @@ def schema(node_id: str, *, search_aliases: Sequence[str] = (), **fields) -> io.
     return io.Schema(node_id=f"Triptych_{node_id}", category=CATEGORY, **fields)
 
 
+def repository_input() -> io.Input:
+    """A Hugging Face id, which stands in for a name."""
+    return io.String.Input(
+        "repository",
+        default="",
+        optional=True,
+        tooltip="A Hugging Face id, owner/name. When given, it is downloaded once and used instead of the name above.",
+    )
+
+
 def mesh_input(name: str, tooltip: str, *, optional: bool = False) -> io.Input:
     """An input that takes our mesh and core's; ``core_mesh.as_mesh`` makes one of both."""
     return io.MultiType.Input(name, types=[MeshSocket, io.Mesh], tooltip=tooltip, optional=optional)

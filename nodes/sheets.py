@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..triptych.errors import TriptychError
 from .pictures import BACKGROUNDS, images, picture
 from .schema import ViewsSocket, schema
-from .views import NAMES
+from .view_inputs import NAMES
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..triptych.errors import TriptychError
-from .pictures import MASK_MODES, cut_out, images, over
+from .pictures import cut_out, images, over
 from .running import run
-from .schema import ADVANCED, ViewsSocket, schema
+from .schema import ViewsSocket, schema
+from .view_inputs import NAMES, connected_sides, foreground_inputs, mask_inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from ..triptych.images.views import ViewSet
 
-NAMES = ("front", "left", "back", "right")
 _SIDES = {
     "front": "The front view.",
     "left": "The view of the object's own left side (camera azimuth 90).",
@@ -30,10 +30,6 @@ class PrepareViews(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         pictures = [io.Image.Input(name, optional=True, tooltip=_SIDES[name]) for name in NAMES]
-        masks = [
-            io.Mask.Input(f"{name}_mask", optional=True, tooltip=f"Which part of the {name} picture is the object.")
-            for name in NAMES
-        ]
         return schema(
             "PrepareViews",
             display_name="Prepare views",
@@ -41,7 +37,7 @@ class PrepareViews(io.ComfyNode):
             search_aliases=["multiview", "remove background", "turnaround", "front left back right"],
             inputs=[
                 *pictures,
-                *masks,
+                *mask_inputs(),
                 io.Image.Input(
                     "sheet",
                     optional=True,
@@ -59,21 +55,7 @@ class PrepareViews(io.ComfyNode):
                     step=64,
                     tooltip="Side of a prepared view in pixels; the texture is taken from these.",
                 ),
-                io.Combo.Input(
-                    "foreground",
-                    options=["auto", "alpha", "plain", "matting"],
-                    default="auto",
-                    tooltip="How the object is found: by mask or transparency, on a plain background, or by a matting "
-                    "network (package rembg). auto takes the first that works.",
-                ),
-                io.Combo.Input(
-                    "mask_shows",
-                    options=list(MASK_MODES),
-                    default="auto",
-                    tooltip="What is white in the masks. Load Image marks the background, segmentation nodes the "
-                    "object; auto looks at the picture's border.",
-                    **ADVANCED,
-                ),
+                *foreground_inputs(),
             ],
             outputs=[
                 ViewsSocket.Output("views", tooltip="For Reconstruct and Texture mesh."),
@@ -105,9 +87,7 @@ def sources(given: dict[str, Tensor | None], layout: str, mask_shows: str) -> di
         return dict(split_sheet(cut_out(sheet, None, mask_shows, "the sheet"), layout))
     if not named:
         raise TriptychError("no picture is connected: connect at least the front view, or a view sheet")
-    return {
-        name: cut_out(image, given.get(f"{name}_mask"), mask_shows, f"the {name} view") for name, image in named.items()
-    }
+    return connected_sides(given, mask_shows)
 
 
 def row(views: ViewSet) -> Tensor:

@@ -311,3 +311,12 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def server_with_flux(base: Path) -> ComfyServer:
+    """With the embedded Flux model, or, where it is not there, a random one of its kind under its name."""
+    if not (ROOT / "weights" / "triptych-tiny" / "flux" / "views.json").is_file():
+        from flux_tiny import copied, klein_folder, write_klein_card
+
+        write_klein_card(copied(klein_folder("mini"), base / "models" / "triptych" / "triptych-tiny" / "flux"))
+    return ComfyServer(base)

@@ -45,15 +45,18 @@ def copied(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 
 
-@functools.cache
 def klein_folder(size: str = "mini", *, distilled: bool = False, card: bool = False) -> Path:
     """A random FLUX.2 klein. card: with a views.json like the tiny model's (else a plain diffusers folder)."""
+    return _klein_folder(size, distilled, card)
+
+
+@functools.cache  # knows arguments by their form too, so that it is only called with all of them, in order
+def _klein_folder(size: str, distilled: bool, card: bool) -> Path:
+    folder = _root() / f"klein-{size}-{distilled}{'-card' * card}"
     if card:
-        folder = copied(klein_folder(size, distilled=distilled), _root() / f"klein-{size}-{distilled}-card")
-        write_klein_card(folder)
-        return folder
-    folder = _root() / f"klein-{size}-{distilled}"
-    klein_pipeline(size, distilled=distilled).save_pretrained(folder)
+        write_klein_card(copied(klein_folder(size, distilled=distilled), folder))
+    else:
+        klein_pipeline(size, distilled=distilled).save_pretrained(folder)
     return folder
 
 

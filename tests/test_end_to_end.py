@@ -6,13 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trimesh
 
 from trainer.__main__ import main as trainer_main
 from trainer.loop import export, train
-from trainer.prepare.build import BuildOptions
-from trainer.prepare.run import prepare
-from trainer.prepare.sources import find_sources
 from trainer.recipes import build_recipe
 from trainer.tasks.structure_flow import StructureFlowConfig
 from trainer.tasks.structure_vae import StructureVaeConfig
@@ -25,29 +21,14 @@ from triptych.sampling.flow_euler import Cancelled
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """Forty boxes and balls of different sides; some land in each split."""
-    folder = tmp_path_factory.mktemp("meshes")
-    generator = np.random.default_rng(0)
-    for i in range(40):
-        shape = trimesh.creation.box(generator.uniform(0.3, 1, 3)) if i % 2 else trimesh.creation.icosphere(2)
-        shape.apply_scale(generator.uniform(0.5, 1, 3))
-        shape.export(folder / f"{i:02d}.ply")
-    out = tmp_path_factory.mktemp("data")
-    summary = prepare(find_sources([folder]), out, BuildOptions(yaws=1, view_size=64), workers=0)
-    assert summary["objects"] == 40 and min(summary["splits"].values()) >= 0 and summary["splits"]["validation"] > 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def trained(prepared, tmp_path_factory) -> Path:
+def trained(boxes_and_balls, tmp_path_factory) -> Path:
     """A bundle whose networks saw a few steps: nothing it says is true, but every file and shape is."""
     runs = tmp_path_factory.mktemp("runs")
     small = {"validate_every": 4, "pictures_every": 4, "steps": 4, "batch_size": 4, "warmup_steps": 1, "log_every": 1}
     vae = replace(
         build_recipe("structure_vae_tiny"),
         task_config=StructureVaeConfig(
-            data=str(prepared), encoder_channels=(4, 8, 8), decoder_channels=(8, 8, 4), validation_objects=2
+            data=str(boxes_and_balls), encoder_channels=(4, 8, 8), decoder_channels=(8, 8, 4), validation_objects=2
         ),
         **small,
     )
@@ -56,7 +37,7 @@ def trained(prepared, tmp_path_factory) -> Path:
     flow = replace(
         build_recipe("structure_flow_tiny"),
         task_config=StructureFlowConfig(
-            data=str(prepared), vae=str(runs / "vae-bundle"), model_channels=48, num_blocks=1, num_heads=4,
+            data=str(boxes_and_balls), vae=str(runs / "vae-bundle"), model_channels=48, num_blocks=1, num_heads=4,
             image_size=64, encoder_channels=(8, 16), encoder_blocks=(1, 1), validation_objects=2,
         ),
         **small,
@@ -75,12 +56,12 @@ def test_bundle_says_where_it_comes_from(trained):
     assert bundle.manifest.provenance["structure_vae"]["step"] == 4
 
 
-def test_a_flow_on_the_field_needs_no_decoder(prepared, tmp_path):
+def test_a_flow_on_the_field_needs_no_decoder(boxes_and_balls, tmp_path):
     """Without a VAE the flow's blocks are the field: a bundle of one network, told by its bias that all is inside."""
     flow = replace(
         build_recipe("structure_flow_tiny"),
         task_config=StructureFlowConfig(
-            data=str(prepared), model_channels=48, num_blocks=1, num_heads=4, image_size=64,
+            data=str(boxes_and_balls), model_channels=48, num_blocks=1, num_heads=4, image_size=64,
             encoder_channels=(8, 16), encoder_blocks=(1, 1), validation_objects=2,
         ),
         steps=2, batch_size=2, warmup_steps=1, validate_every=2, pictures_every=2,
@@ -97,12 +78,12 @@ def test_a_flow_on_the_field_needs_no_decoder(prepared, tmp_path):
     assert (high - low).max() == pytest.approx(1, abs=0.05)
 
 
-def test_a_real_task_resumes_bit_for_bit(prepared, tmp_path):
+def test_a_real_task_resumes_bit_for_bit(boxes_and_balls, tmp_path):
     """Four steps at once, and two and two, of the lifted flow in bfloat16: the same weights to the last bit."""
     config = replace(
         build_recipe("structure_flow_tiny"),
         task_config=StructureFlowConfig(
-            data=str(prepared), model_channels=48, num_blocks=1, num_heads=4, image_size=64,
+            data=str(boxes_and_balls), model_channels=48, num_blocks=1, num_heads=4, image_size=64,
             encoder_channels=(8, 16), encoder_blocks=(1, 1), validation_objects=1,
         ),
         schedule="constant", batch_size=3, warmup_steps=1, validate_every=0, pictures_every=0, tensorboard=False,

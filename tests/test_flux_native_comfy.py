@@ -3,6 +3,7 @@
 Needs a ComfyUI of 0.9.2 or newer at COMFYUI_DIR, or beside it; skipped without one.
 """
 
+import copy
 import json
 import os
 import re
@@ -216,11 +217,19 @@ def test_an_exported_model_and_its_lora_give_diffusers_numbers(comfy, inputs, na
 
 @torch.no_grad()
 def test_the_vae_node_gives_diffusers_pictures(comfy, photo):
-    pipeline = klein_pipeline()
+    """ComfyUI's picture is no farther from the one of double precision than diffusers' own is (a random autoencoder
+    makes much of every rounding, and which roundings there are depends on the processor)."""
     pixels = photo[:, :96, :80].permute(0, 3, 1, 2) * 2 - 1
-    latent = pipeline.vae.encode(pixels).latent_dist.mode()
-    wanted = pipeline.vae.decode(latent).sample.permute(0, 2, 3, 1) / 2 + 0.5
-    torch.testing.assert_close(comfy[0]["picture"], wanted.clamp(0, 1), atol=5e-5, rtol=0)
+
+    def through(vae, pixels):
+        latent = vae.encode(pixels).latent_dist.mode()
+        return (vae.decode(latent).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+
+    vae = klein_pipeline().vae
+    exact = through(copy.deepcopy(vae).double(), pixels.double())
+    rounding = float((through(vae, pixels) - exact).abs().max())
+    assert rounding < 2e-3
+    torch.testing.assert_close(comfy[0]["picture"].double(), exact, atol=3 * rounding, rtol=0)
 
 
 @pytest.mark.parametrize("name", ROUTES)

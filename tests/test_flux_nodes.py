@@ -352,7 +352,7 @@ def test_loading_passes_every_choice_on(flux, models, comfy, output_of, monkeypa
     changes = {"lora": "deep/two.safetensors", "lora_strength": 0.5, "dtype": "bfloat16", "offload": "sequential"}
     output = flux.LoadFlux.execute("klein", **LOADING | changes)
     (loaded,) = output.result
-    (source, given), = calls
+    ((source, given),) = calls
     progress = given.pop("progress")
     assert loaded.views is model and source == models / "diffusers" / "klein" and callable(progress)
     assert output.ui == {"text": ["slow"]} and loaded.patcher is None, "its own hooks move it"

@@ -1,5 +1,7 @@
 """Panels of a generated sheet: cut out of their background, and judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from fake_views import MAGENTA, WHITE, sheet_of, shifted, truth
 from scipy import ndimage
 
 from triptych.errors import TriptychError
-from triptych.flux.panels import check_panel, check_views, cut_panel, grouped, sheet_to_views
+from triptych.flux.card import default_card
+from triptych.flux.panels import check_panel, check_views, cut_panel, cut_sheet, grouped, sheet_to_views
 from triptych.geometry.cameras import VIEW_NAMES
 
 
@@ -161,3 +164,12 @@ def test_a_soft_sheet_gives_its_key_colour_back_inside_too():
     assert np.allclose(soft[24:40, 24:40, :3], (cell[24:40, 24:40] - seen * key) / (1 - seen), atol=1e-5)
     white = sheet_to_views(np.ones((3, 128, 128), dtype=np.float32), (1.0, 1.0, 1.0), soft=True)
     assert set(white) == {"front", "left", "back", "right"}
+
+
+def test_a_card_says_whether_a_sheet_is_soft():
+    card = replace(default_card("flux2-klein"), background=(1.0, 0.0, 1.0))
+    sheet = np.random.default_rng(0).uniform(0, 1, (3, 64, 64)).astype(np.float32)
+    for vocabulary in (None, ("chair",)):
+        found = cut_sheet(sheet, replace(card, vocabulary=vocabulary))
+        expected = sheet_to_views(sheet, card.background, soft=vocabulary is not None)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)

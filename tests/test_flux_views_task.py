@@ -9,19 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import trimesh
 from PIL import Image
 
 pytest.importorskip("diffusers")
 
 from tests.flux_tiny import klein_folder  # noqa: E402
 from trainer.data import JoinedData  # noqa: E402
+from trainer.flux_base import FrozenParts  # noqa: E402
 from trainer.loop import export, train  # noqa: E402
-from trainer.prepare.build import BuildOptions  # noqa: E402
-from trainer.prepare.run import prepare  # noqa: E402
 from trainer.prepare.sheet_cache import SheetOptions, cache_sheets  # noqa: E402
 from trainer.prepare.sheets import canonical_shade, references  # noqa: E402
-from trainer.prepare.sources import find_sources  # noqa: E402
 from trainer.recipes import build_recipe  # noqa: E402
 from trainer.sheet_data import SheetData  # noqa: E402
 from trainer.tasks.flux_vae import FluxVaeConfig  # noqa: E402
@@ -30,7 +27,6 @@ from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsTask,
     TransformerSize,
     compared,
-    frozen_parts,
     spread_words,
     velocity_of,
 )
@@ -41,22 +37,9 @@ SMALL = {"steps": 4, "batch_size": 4, "warmup_steps": 1, "log_every": 1, "valida
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("meshes")
-    generator = np.random.default_rng(0)
-    for i in range(40):
-        shape = trimesh.creation.box(generator.uniform(0.3, 1, 3)) if i % 2 else trimesh.creation.icosphere(2)
-        shape.apply_scale(generator.uniform(0.5, 1, 3))
-        shape.export(folder / f"{i:02d}.ply")
-    out = tmp_path_factory.mktemp("data")
-    prepare(find_sources([folder]), out, BuildOptions(yaws=1, view_size=64), workers=0)
-    return out
-
-
-@pytest.fixture(scope="module")
-def cache(prepared, tmp_path_factory) -> Path:
+def cache(boxes_and_balls, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sheets")
-    cache_sheets([prepared], klein_folder(), out, SheetOptions(panel=64), workers=0)
+    cache_sheets([boxes_and_balls], klein_folder(), out, SheetOptions(panel=64), workers=0)
     return out
 
 
@@ -66,21 +49,21 @@ def _config(cache: Path, **changes) -> FluxViewsConfig:
     return FluxViewsConfig(cache=(str(cache),), parts=str(klein_folder()), **facts | changes)
 
 
-def test_a_cache_is_a_function_of_its_options_and_goes_on(prepared, cache, tmp_path):
+def test_a_cache_is_a_function_of_its_options_and_goes_on(boxes_and_balls, cache, tmp_path):
     again = tmp_path / "again"
-    count = cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=64), workers=0)
+    count = cache_sheets([boxes_and_balls], klein_folder(), again, SheetOptions(panel=64), workers=0)
     assert count == len(SheetData([cache])) + len(SheetData([cache], "validation"))
     for file in sorted(cache.glob("train_*")):
         assert (again / file.name).read_bytes() == file.read_bytes()
     victim = next(again.glob("train_*.safetensors"))
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-5])
-    cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=64), workers=0)
+    cache_sheets([boxes_and_balls], klein_folder(), again, SheetOptions(panel=64), workers=0)
     assert victim.read_bytes() == whole
     with pytest.raises(TriptychError, match="another options"):
-        cache_sheets([prepared], klein_folder(), again, SheetOptions(panel=32), workers=0)
+        cache_sheets([boxes_and_balls], klein_folder(), again, SheetOptions(panel=32), workers=0)
     with pytest.raises(TriptychError, match="panels of 128 px need a multiple"):
-        cache_sheets([prepared], klein_folder(), tmp_path / "large", SheetOptions(), workers=0)
+        cache_sheets([boxes_and_balls], klein_folder(), tmp_path / "large", SheetOptions(), workers=0)
 
 
 def test_words_alone_are_only_asked_of_objects_that_face_the_front(cache):
@@ -152,11 +135,11 @@ def test_tokens_are_those_of_the_published_pipeline(given):
     assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
 
 
-def test_latents_of_a_cache_decode_to_its_sheet(prepared, cache):
+def test_latents_of_a_cache_decode_to_its_sheet():
     """Encoding as the cache does and decoding as training does are inverse up to the autoencoder itself."""
     from diffusers import Flux2KleinPipeline
 
-    parts = frozen_parts(klein_folder(), torch.device("cpu"))
+    parts = FrozenParts(klein_folder(), torch.device("cpu"))
     pipe = Flux2KleinPipeline.from_pretrained(klein_folder(), torch_dtype=torch.bfloat16)
     latents = torch.randn(1, 128, 8, 8, generator=torch.Generator().manual_seed(1))
     mean = pipe.vae.bn.running_mean.view(1, -1, 1, 1).float()
@@ -195,20 +178,20 @@ def test_the_exported_model_makes_a_sheet(cache, tmp_path):
     assert sheet.shape == (3, 128, 128) and float(sheet.min()) >= 0 and float(sheet.max()) <= 1
 
 
-def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns(prepared, tmp_path):
+def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns(boxes_and_balls, tmp_path):
     from diffusers import AutoencoderKLFlux2
 
     from trainer.linear_codec import patches_of, principal_components
     from trainer.tasks.flux_vae import component_pictures
 
     facts = FluxVaeConfig(
-        data=(str(prepared),), channels=(12, 48, 72, 72), crop=32, validation_objects=2, component_sheets=8
+        data=(str(boxes_and_balls),), channels=(12, 48, 72, 72), crop=32, validation_objects=2, component_sheets=8
     )
     config = replace(build_recipe("flux_vae_tiny"), task_config=facts, **SMALL)
     train(config, tmp_path / "vae", device="cpu")
     export(tmp_path / "vae", tmp_path / "parts", device="cpu")
     vae = AutoencoderKLFlux2.from_pretrained(tmp_path / "parts", subfolder="vae", dtype=torch.float32)
-    pixels = component_pictures(JoinedData([prepared]), facts) * 2 - 1
+    pixels = component_pictures(JoinedData([boxes_and_balls]), facts) * 2 - 1
     directions, squares = principal_components(pixels, facts.background, 32)
     assert torch.allclose(directions @ directions.T, torch.eye(32), atol=1e-5)
     assert (squares.diff() <= 0).all()

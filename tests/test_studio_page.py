@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from comfy_server import ROOT, ComfyServer, find_comfy
+from comfy_server import find_comfy, server_with_flux
 from web_page import Page, built_web, drawn, needs_browser
 
 from triptych.geometry.files import read_mesh
@@ -29,12 +29,7 @@ IDLE = "document.querySelector('#make').disabled === false"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     built_web()
-    base = tmp_path_factory.mktemp("comfy")
-    if not (ROOT / "weights" / "triptych-tiny" / "flux" / "views.json").is_file():
-        from flux_tiny import copied, klein_folder, write_klein_card
-
-        write_klein_card(copied(klein_folder("mini"), base / "models" / "triptych" / "triptych-tiny" / "flux"))
-    with ComfyServer(base) as running:
+    with server_with_flux(tmp_path_factory.mktemp("comfy")) as running:
         yield running
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from triptych.geometry.files import write_files
 
 QUALITY_MARKS = ("<!-- quality -->", "<!-- /quality -->")
+_QUALITY = ("## Quality", "", QUALITY_MARKS[0], "not measured", QUALITY_MARKS[1], "")
 
 
 def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dict]) -> None:
@@ -24,19 +25,12 @@ def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dic
         "",
         "## Training",
         "",
-        "| stage | recipe | steps | samples | hours | device | commit |",
-        "|---|---|---|---|---|---|---|",
-        *[_stage(stage) for stage in _stages(provenance)],
+        *_training(provenance),
         "",
         f"{len(records)} objects (the training split of the prepared data), each as it is and turned once, all quarter",
         "turns and mirror images, random light and colours. Evaluation objects were not among them.",
         "",
-        "## Quality",
-        "",
-        QUALITY_MARKS[0],
-        "not measured",
-        QUALITY_MARKS[1],
-        "",
+        *_QUALITY,
         "## Limits",
         "",
         "- Thin parts below 1/64 of the longest side are lost; tops and undersides are seen by no view of the rig.",
@@ -45,8 +39,6 @@ def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dic
         "",
         "## Data and credits",
         "",
-        "| licence | credit | objects |",
-        "|---|---|---|",
         *_credits(records),
         "",
     ]
@@ -65,19 +57,12 @@ def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dic
         "",
         "## Training",
         "",
-        "| stage | recipe | steps | samples | hours | device | commit |",
-        "|---|---|---|---|---|---|---|",
-        *[_stage(stage) for stage in _stages(provenance)],
+        *_training(provenance),
         "",
         f"{len(records)} sheets of {len(own)} objects: the training split of the prepared data, as they are,",
         "recoloured, mirrored and turned. Evaluation objects were not among them.",
         "",
-        "## Quality",
-        "",
-        QUALITY_MARKS[0],
-        "not measured",
-        QUALITY_MARKS[1],
-        "",
+        *_QUALITY,
         "## Limits",
         "",
         "- Sheets of 256 px, 128 px a view. Soft: it predicts what a side view is like on average, not its details.",
@@ -86,8 +71,6 @@ def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dic
         "",
         "## Data and credits",
         "",
-        "| licence | credit | objects |",
-        "|---|---|---|",
         *_credits(own),
         "",
     ]
@@ -106,6 +89,11 @@ def _stages(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     return [stage for part in earlier for stage in _stages(part)] + [provenance]
 
 
+def _training(provenance: dict[str, Any]) -> list[str]:
+    head = ["| stage | recipe | steps | samples | hours | device | commit |", "|---|---|---|---|---|---|---|"]
+    return head + [_stage(stage) for stage in _stages(provenance)]
+
+
 def _stage(stage: dict[str, Any]) -> str:
     commit = str(stage.get("commit", "unknown"))[:12] + ("+" if stage.get("dirty") else "")
     hours = float(stage.get("wall_s", 0)) / 3600
@@ -119,7 +107,8 @@ def _stage(stage: dict[str, Any]) -> str:
 def _credits(records: list[dict]) -> list[str]:
     found = Counter((r.get("licence") or "not stated", r.get("attribution") or "not stated") for r in records)
     rows = sorted(found.items())
-    return [f"| {licence} | {credit.replace('|', '/')} | {count} |" for (licence, credit), count in rows]
+    head = ["| licence | credit | objects |", "|---|---|---|"]
+    return head + [f"| {licence} | {credit.replace('|', '/')} | {count} |" for (licence, credit), count in rows]
 
 
 def attribution_of(records: list[dict]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from trainer.config import ParameterGroup, TrainConfig
 
 
@@ -9,22 +11,10 @@ def structure_flow_large() -> TrainConfig:
     """The published structure flow, on cached latents and image tokens, with the published loss and rates."""
     from trainer.tasks.published_flow import PublishedFlowConfig
 
-    return TrainConfig(
-        name="structure_flow_large",
-        task="trainer.tasks.published_flow:PublishedStructureFlowTask",
-        task_config=PublishedFlowConfig(data="cache"),
-        steps=400_000,
-        batch_size=256,
-        accumulation=8,
-        lr=1e-4,
-        schedule="constant",
-        warmup_steps=0,
-        precision="bf16",
-        ema_decay=0.9999,
-        workers=8,
-        checkpoint_every=5000,
-        validate_every=10_000,
-        memory_target=0.9,
+    return _published(
+        "structure_flow_large",
+        "trainer.tasks.published_flow:PublishedStructureFlowTask",
+        PublishedFlowConfig(data="cache"),
     )
 
 
@@ -32,14 +22,23 @@ def slat_flow_large() -> TrainConfig:
     """The published latent flow, likewise; batches are balanced by voxels."""
     from trainer.tasks.published_flow import PublishedSlatFlowConfig
 
+    return _published(
+        "slat_flow_large",
+        "trainer.tasks.published_flow:PublishedSlatFlowTask",
+        PublishedSlatFlowConfig(data="cache"),
+        max_cost=80_000,
+    )
+
+
+def _published(name: str, task: str, task_config: Any, **changes: Any) -> TrainConfig:
+    """What the two published flows have in common."""
     return TrainConfig(
-        name="slat_flow_large",
-        task="trainer.tasks.published_flow:PublishedSlatFlowTask",
-        task_config=PublishedSlatFlowConfig(data="cache"),
+        name=name,
+        task=task,
+        task_config=task_config,
         steps=400_000,
         batch_size=256,
         accumulation=8,
-        max_cost=80_000,
         lr=1e-4,
         schedule="constant",
         warmup_steps=0,
@@ -49,6 +48,7 @@ def slat_flow_large() -> TrainConfig:
         checkpoint_every=5000,
         validate_every=10_000,
         memory_target=0.9,
+        **changes,
     )
 
 

@@ -146,7 +146,7 @@ def sheet_panels(
     seed: int,
 ) -> Panels:
     """One sheet of the model, cut out."""
-    from triptych.flux.panels import sheet_to_views
+    from triptych.flux.panels import cut_sheet
     from triptych.flux.prompts import fill_template, usual_guidance
 
     card = model.card
@@ -154,7 +154,7 @@ def sheet_panels(
     guidance = usual_guidance(card, text) if protocol.guidance is None else protocol.guidance
     prompt = fill_template(card, text, given)
     sheet = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance)
-    return sheet_to_views(sheet, card.background, soft=card.vocabulary is not None)
+    return cut_sheet(sheet, card)
 
 
 def score_object(

@@ -50,7 +50,7 @@ from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sheets import PLAIN, _box, _resampled, on_background
 from .sources import find_sources
-from .structured import Item, ShardJob, _results, plan
+from .structured import Item, ShardJob, over_shards, plan
 
 FORMAT = 1
 FOLDER = "photos"
@@ -131,7 +131,7 @@ def photograph_folder(
         todo = [job for job in jobs if not _is_done(out, job)]
         build = partial(_build_shard, out=out, options=options)
         with tqdm(total=sum(len(job.items) for job in todo), unit="sample", desc="photos", smoothing=0.1) as bar:
-            for count in _results(build, todo, workers):
+            for count in over_shards(build, todo, workers):
                 bar.update(count)
     reports = [json.loads((out / f"{job.name}.json").read_text(encoding="utf-8")) for job in jobs]
     made = sum(len(report["rows"]) for report in reports)

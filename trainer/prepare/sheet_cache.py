@@ -26,9 +26,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,7 @@ from tqdm import tqdm
 
 from trainer.captions import caption, colour_words
 from trainer.data import PreparedData, draw_recolouring, symmetric_sample
-from trainer.flux_base import encoded_references, encoder_of
+from trainer.flux_base import encoded_references, encoder_of, latent_statistics
 from trainer.order import stream_seed
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_NAMES
@@ -52,6 +50,7 @@ from .photos import add_arguments as add_photo_arguments
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sheets import canonical_shade, grid, on_background, photo_views, recoloured
+from .structured import over_shards
 
 FORMAT = 1
 INDEX = "sheets.json"
@@ -174,7 +173,7 @@ def cache_sheets(
         todo = [job for job in jobs if not _is_done(out, job[0], len(job[1]))]
         build = partial(_build_shard, model=model, out=out, options=options, device=device)
         with tqdm(total=sum(len(places) for _, places in todo), unit="sheet", desc="sheets", smoothing=0.1) as bar:
-            for made in _results(build, todo, workers):
+            for made in over_shards(build, todo, workers):
                 bar.update(made)
         total = sum(len(places) for _, places in jobs)
         write_json(out / INDEX, header | {"shards": [name for name, _ in jobs], "samples": total})
@@ -223,17 +222,6 @@ def _is_done(out: Path, name: str, count: int) -> bool:
     except (OSError, ValueError):
         return False
     return len(samples) == count and _is_whole(out / f"{name}.safetensors")
-
-
-def _results(build: partial, jobs: list[tuple[str, list[Place]]], workers: int) -> Iterator[int]:
-    if workers == 0 or not jobs:
-        yield from map(build, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        yield from pool.map(build, jobs)
 
 
 @dataclass(frozen=True)
@@ -352,8 +340,7 @@ def sheet_encoder(model: str, device: str) -> Any:
 
     vae: Any = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae", torch_dtype=torch.bfloat16)
     vae = vae.to(device, memory_format=torch.channels_last).eval()
-    mean = vae.bn.running_mean.float().view(1, -1, 1, 1)
-    deviation = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    mean, deviation = latent_statistics(vae)
 
     @torch.inference_mode()
     def encode(pixels: torch.Tensor) -> torch.Tensor:

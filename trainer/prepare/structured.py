@@ -26,12 +26,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ from .build import _UNFORESEEN, fingerprint, framed, turned
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sources import AXES, Source, find_sources
+
+Job = TypeVar("Job")
 
 FORMAT = 1
 FOLDER = "structured"
@@ -363,7 +365,7 @@ def structure(
         todo = [job for job in jobs if not _is_done(out, job)]
         build = partial(build_shard, data=data)
         with tqdm(total=sum(len(job.items) for job in todo), unit="object", desc="structure", smoothing=0.1) as bar:
-            for count in _results(build, todo, _cores() if workers is None else workers):
+            for count in over_shards(build, todo, _cores() if workers is None else workers):
                 bar.update(count)
     reports = [json.loads((out / f"{job.name}.json").read_text(encoding="utf-8")) for job in jobs]
     skipped = sum(len(report["skipped"]) for report in reports)
@@ -403,7 +405,8 @@ def _wanted(job: ShardJob) -> list[list[Any]]:
     return [[item.source.key, item.row, item.file_sha256] for item in job.items]
 
 
-def _results(build: partial, jobs: list[ShardJob], workers: int) -> Iterator[int]:
+def over_shards(build: Callable[[Job], int], jobs: list[Job], workers: int) -> Iterator[int]:
+    """``build`` of every job, in order, in ``workers`` processes of one thread each, or here with 0."""
     if workers == 0 or not jobs:
         yield from map(build, jobs)
         return

@@ -389,11 +389,6 @@ def small_transformer(size: TransformerSize, channels: int, text_width: int) -> 
     return model
 
 
-def frozen_parts(folder: Path, device: torch.device) -> FrozenParts:
-    """The parts of a small model's folder; TriptychError names what is missing."""
-    return FrozenParts(folder, device)
-
-
 def as_words(tensors: dict[str, Tensor]) -> Any:
     """``words`` (B, L, D), with ``pooled`` (B, E) of FLUX.1, as networks take them."""
     return Words(tensors["words"], tensors["pooled"]) if "pooled" in tensors else tensors["words"]

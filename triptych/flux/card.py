@@ -104,15 +104,20 @@ def read_card(folder: str | Path) -> ViewsCard:
     path = Path(folder) / CARD
     if not path.is_file():
         raise TriptychError(f"{folder} is no Flux views model of ours: it has no {CARD}")
-    if path.stat().st_size > _MAX_CARD_BYTES:
-        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, too many for a card: fetch it again")
+    return _card(small_json(path, _MAX_CARD_BYTES, "a card"), path)
+
+
+def small_json(path: Path, most_bytes: int, what: str) -> dict[str, Any]:
+    """A JSON object of a model's folder. Raises TriptychError when it is damaged, no object, or not small."""
+    if path.stat().st_size > most_bytes:
+        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, too many for {what}: fetch the model again")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise TypeError(f"it holds a {type(data).__name__}")
     except (ValueError, TypeError, RecursionError) as error:
         raise TriptychError(f"{path} is damaged ({error}): fetch the model again") from error
-    return _card(data, path)
+    return data
 
 
 def write_card(folder: str | Path, card: ViewsCard) -> ViewsCard:

@@ -6,7 +6,6 @@ for other programs. A revision is pinned to its commit, and what was fetched ope
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from ..bundles.bundle import EMBEDDED
 from ..bundles.hub import HubFolder
 from ..errors import TriptychError
-from .card import CARD, MODEL_INDEX, ViewsCard, read_card, verify_files
+from .card import CARD, MODEL_INDEX, ViewsCard, read_card, small_json, verify_files
 
 Progress = Callable[[str, float], None]
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[2] / "weights" / EMBEDDED / "flux"
@@ -73,15 +72,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON object. Raises TriptychError when it is damaged, no object, or not small."""
-    if path.stat().st_size > _MAX_INDEX_BYTES:
-        raise TriptychError(f"{path} has {path.stat().st_size:,} bytes, too many for an index: fetch the model again")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise TypeError(f"it holds a {type(data).__name__}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise TriptychError(f"{path} is damaged ({error}): fetch the model again") from error
-    return data
+    return small_json(path, _MAX_INDEX_BYTES, "an index")
 
 
 def _checked(folder: Path, title: str) -> ModelPlace:

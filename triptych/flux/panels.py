@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -21,6 +22,9 @@ from torch import Tensor
 from ..errors import TriptychError
 from ..geometry.cameras import VIEW_NAMES
 from ..images.foreground import FAINT_ALPHA, MIN_SIDE_PX, alpha_box, extract_foreground
+
+if TYPE_CHECKING:
+    from .card import ViewsCard
 
 SPECK_SHARE = 0.03  # of the largest part; smaller ones are the model's noise
 BODY_SHARE = 0.15  # of the largest part; two such parts far apart are two bodies
@@ -56,6 +60,11 @@ def sheet_to_views(
         for rgba in views.values():
             rgba[..., :3] = _unmixed(rgba[..., :3], key)
     return views
+
+
+def cut_sheet(sheet: Tensor | np.ndarray, card: ViewsCard) -> dict[str, np.ndarray]:
+    """`sheet_to_views` of what a model with this card has drawn; one that knows few words is a small, soft one."""
+    return sheet_to_views(sheet, card.background, soft=card.vocabulary is not None)
 
 
 def cut_panel(rgb: np.ndarray, background: Sequence[float]) -> np.ndarray:

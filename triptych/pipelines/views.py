@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriptychError
-from ..flux.panels import check_views, grouped, is_empty, lost_in_key, sheet_to_views
+from ..flux.panels import check_views, cut_sheet, grouped, is_empty, lost_in_key
 from ..flux.prompts import check_prompt, fill_template, require_prompt, usual_guidance
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
@@ -239,7 +239,7 @@ def _draw(
         seed = (settings.seed + roll) % _SEEDS
         drawn = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance, on_step=on_step)
         sheet = drawn.detach().to("cpu", torch.float32)
-        panels = sheet_to_views(sheet, card.background, soft=card.vocabulary is not None)
+        panels = cut_sheet(sheet, card)
         attempts.append(_Attempt(seed, sheet, panels, check_views(panels, missing)))
         if not attempts[-1].complaints:
             break
