@@ -27,6 +27,8 @@ from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsTask,
     TransformerSize,
     compared,
+    grouped_velocity,
+    small_transformer,
     spread_words,
     velocity_of,
 )
@@ -135,6 +137,57 @@ def test_tokens_are_those_of_the_published_pipeline(given):
     assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
 
 
+@torch.no_grad()
+def test_a_few_padding_tokens_stand_for_all():
+    parts = FrozenParts(klein_folder(), torch.device("cpu"))
+    model = parts.pipeline(small_transformer(TransformerSize(heads=1, double_blocks=1, single_blocks=1), 128, 96))
+    model = model.transformer.to(torch.bfloat16)
+    for parameter in model.parameters():  # at the start every output is zero
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) / 12)
+    prompts = ["a red chair. given: front.", ""]
+    noise = torch.randn(2, 128, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def velocity(words):
+        return grouped_velocity(model, noise, torch.full((2,), 0.9), words, noise[:0], [(0, 2)]).float()
+
+    whole = parts.embed(prompts, 256)
+    wanted = velocity(whole)
+    every = parts.embed_thinly(prompts, 256, 256, seed=0)
+    assert torch.equal(every.places, torch.arange(256)) and not every.log_counts.any()
+    rounding = (velocity(every) - wanted).square().mean().sqrt()
+    few = [parts.embed_thinly(prompts, 256, 8, seed=seed) for seed in range(4)]
+    assert few[0].embeds.shape[1] == few[0].log_counts.shape[1] < 80
+    assert not torch.equal(few[0].places, few[1].places)
+    for thin in few:
+        counts = thin.log_counts.float().exp().sum(1)
+        assert torch.allclose(counts, torch.full((2,), 256.0), rtol=0.02)  # bfloat16
+        states = whole[:, thin.places]  # of the words, and of padding wherever it is
+        assert (thin.embeds - states).abs().max() < 0.05 * states.abs().max()
+    error = torch.stack([(velocity(thin) - wanted).square().mean() for thin in few]).mean().sqrt()
+    without = len(few[0].places) - 8
+    cut = (velocity(whole[:, :without]) - wanted).square().mean().sqrt()
+    assert rounding < 0.3 * cut and error < 0.5 * cut, (rounding, error, cut)
+
+
+def test_references_of_a_mirrored_cache_come_with_their_mirror_images(boxes_and_balls, cache, tmp_path):
+    options = SheetOptions(panel=64, mirrored=True, variants=1)
+    cache_sheets([boxes_and_balls], klein_folder(), tmp_path / "mirrored", options, workers=0)
+    plain, mirrored = SheetData([cache]), SheetData([tmp_path / "mirrored"])
+    parts = FrozenParts(klein_folder(), torch.device("cpu"))
+    for index in range(3):
+        one, two = plain[index], mirrored[index]
+        assert torch.equal(one.target, two.target) and len(two.references) == 2 * len(one.references)
+        assert torch.allclose(one.references, two.references[::2], atol=0.05)
+    with pytest.raises(TriptychError, match="another options"):
+        SheetData([cache, tmp_path / "mirrored"])
+    task = FluxViewsTask(_config(tmp_path / "mirrored", thin_padding=4))
+    task.setup(torch.device("cpu"))
+    model = task.build_model().to(torch.bfloat16)
+    loss, _ = task.loss(model, task.collate([task.sample(i, i) for i in range(4)]), 0)
+    assert torch.isfinite(loss) and set(task.validate(model)) == {"loss", "psnr", "iou"}
+    assert task.card("mirrored", {}).mirrored and not parts.loaded
+
+
 def test_latents_of_a_cache_decode_to_its_sheet():
     """Encoding as the cache does and decoding as training does are inverse up to the autoencoder itself."""
     from diffusers import Flux2KleinPipeline
@@ -181,7 +234,7 @@ def test_the_exported_model_makes_a_sheet(cache, tmp_path):
 def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns(boxes_and_balls, tmp_path):
     from diffusers import AutoencoderKLFlux2
 
-    from trainer.linear_codec import patches_of, principal_components
+    from trainer.linear_codec import linear_encoder, patches_of, principal_components
     from trainer.tasks.flux_vae import component_pictures
 
     facts = FluxVaeConfig(
@@ -199,6 +252,10 @@ def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns
     expected = facts.scale * torch.einsum("lp,bphw->blhw", directions, patches_of(pixels[:2] - key))
     with torch.no_grad():
         latents = vae.encode(pixels[:2]).latent_dist.mode()
+        as_matrix = linear_encoder(vae)
+        assert as_matrix and (as_matrix(pixels[:2]) - latents).abs().max() < 0.01 * latents.abs().max()
+        vae.encoder.down_blocks[0].resnets[0].conv2.weight.normal_()
+        assert linear_encoder(vae) is None
     assert (latents - expected).abs().max() < 0.01 * expected.abs().max()  # its weights are bfloat16
     assert not torch.allclose(vae.bn.running_var, torch.ones(128))
 

@@ -226,6 +226,16 @@ def test_the_given_pictures_are_not_changed():
     assert np.array_equal(picture, before)
 
 
+def test_a_model_that_wants_mirror_images_gets_each_after_its_picture():
+    given = {"left": photo("left"), "front": photo("front")}
+    plain, mirrored = FakeViews(), FakeViews(card(mirrored=True))
+    for model in (plain, mirrored):
+        views_from_prompt(images=given, model=model)
+    (front, left), got = plain.calls[0]["references"], mirrored.calls[0]["references"]
+    assert not torch.equal(front, front.flip(-1))
+    assert all(torch.equal(*pair) for pair in zip(got, [front, front.flip(-1), left, left.flip(-1)], strict=True))
+
+
 def test_an_object_in_the_colour_of_the_models_background_is_told():
     picture = Image.new("RGB", (200, 200), "white")
     ImageDraw.Draw(picture).rectangle((60, 40, 140, 160), fill="teal")

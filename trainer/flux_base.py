@@ -181,6 +181,19 @@ class Words:
         return Words(self.embeds[rows], self.pooled[rows])
 
 
+@dataclass(frozen=True)
+class ThinWords:
+    """What FLUX.2 reads of prompts, with only some of the padding: embeds (B, L, D) at the places (L,) of the whole
+    text; log_counts (B, L) of how many tokens each stands for."""
+
+    embeds: Tensor
+    places: Tensor
+    log_counts: Tensor
+
+    def __getitem__(self, rows: slice) -> ThinWords:
+        return ThinWords(self.embeds[rows], self.places, self.log_counts[rows])
+
+
 def grouped_velocity(
     model: Any,
     noisy: Tensor,
@@ -192,8 +205,8 @@ def grouped_velocity(
 ) -> Tensor:
     """Velocities (B, C, H, W) of noisy latents; rows come in ``groups`` of (references each, rows), in order.
 
-    level (B,) 0-1, words (B, L, D) or Words, references (M, C, P, P) in the order of the rows. guidance: what a network
-    with that input is told.
+    level (B,) 0-1, words (B, L, D), Words or ThinWords, references (M, C, P, P) in the order of the rows. guidance:
+    what a network with that input is told.
     """
     parts, row, used = [], 0, 0
     for count, rows in groups:
@@ -209,7 +222,7 @@ def velocity_of(
 ) -> Tensor:
     """(B, C, H, W) for noisy (B, C, H, W), level (B,), words as above, references (B, V, C, P, P) or None."""
     family = _flux1_tokens if isinstance(words, Words) else _klein_tokens
-    embeds = words.embeds if isinstance(words, Words) else words
+    embeds = words if isinstance(words, Tensor) else words.embeds
     tokens, image_ids, text_ids, further = family(model, noisy, words, references, guidance)
     output = model(
         hidden_states=tokens.to(embeds.dtype),
@@ -224,15 +237,25 @@ def velocity_of(
     return output[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
 
-def _klein_tokens(model: Any, noisy: Tensor, words: Tensor, references: Tensor | None, guidance: float) -> Any:
+def _klein_tokens(
+    model: Any, noisy: Tensor, words: Tensor | ThinWords, references: Tensor | None, guidance: float
+) -> Any:
     """The i-th reference has the time index 10 + 10 i, words their number in the last axis."""
     tokens, ids = [as_tokens(noisy)], [token_ids(noisy.shape[2], noisy.shape[3], 0)]
     for i, reference in enumerate(references.unbind(1) if references is not None else ()):
         tokens.append(as_tokens(reference))
         ids.append(token_ids(reference.shape[2], reference.shape[3], 10 + 10 * i))
-    text_ids = torch.zeros(words.shape[1], 4)
-    text_ids[:, 3] = torch.arange(words.shape[1])
-    return torch.cat(tokens, dim=1), torch.cat(ids), text_ids, {"guidance": None}
+    image = torch.cat(tokens, dim=1)
+    further: dict[str, Any] = {"guidance": None}
+    if isinstance(words, ThinWords):
+        places, counts = words.places, words.log_counts.to(words.embeds.dtype)
+        mask = torch.cat([counts, counts.new_zeros(image.shape[:2])], dim=1)[:, None, None]
+        further["joint_attention_kwargs"] = {"attention_mask": mask}
+    else:
+        places = torch.arange(words.shape[1])
+    text_ids = torch.zeros(len(places), 4)
+    text_ids[:, 3] = places
+    return image, torch.cat(ids), text_ids, further
 
 
 def _flux1_tokens(model: Any, noisy: Tensor, words: Words, references: Tensor | None, guidance: float) -> Any:
@@ -330,6 +353,44 @@ class FrozenParts:
             prompt=prompts, prompt_2=None, device=self.device, max_sequence_length=tokens
         )
         return Words(embeds, pooled)
+
+    @torch.no_grad()
+    def embed_thinly(self, prompts: list[str], tokens: int, padding: int, seed: int) -> ThinWords:
+        """FLUX.2's text of ``tokens`` tokens without most of its padding.
+
+        Padding behind a short prompt is most of what the transformer reads, differs by its place alone, and acts
+        through attention alone. So ``padding`` of its tokens, drawn from even parts of all places behind the longest
+        prompt, stand for the rest: each counts in the softmax as the number of tokens in its part. What the text
+        encoder makes of them is what it makes of them in the whole text, where no token sees padding.
+        """
+        import numpy as np
+
+        from trainer.tasks.flux_text import FLUX_TEXT_LAYERS
+
+        tokenizer, encoder = self.part("tokenizer"), self.part("text_encoder")
+        rows = []
+        for prompt in prompts:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            rows.append(tokenizer(text, truncation=True, max_length=tokens)["input_ids"])
+        longest = max(map(len, rows))
+        padding = min(padding, tokens - longest)
+        edges = np.linspace(longest, tokens, padding + 1).round().astype(int)
+        behind = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+        ids = torch.full((len(rows), longest + padding), int(tokenizer.pad_token_id))
+        real = torch.zeros(ids.shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            real[number, : len(row)] = 1
+        places = torch.from_numpy(np.concatenate([np.arange(longest), behind]))
+        states = encoder(
+            input_ids=ids.to(self.device), attention_mask=real.to(self.device),
+            position_ids=places.to(self.device).expand(len(rows), -1), output_hidden_states=True, use_cache=False,
+        ).hidden_states  # fmt: skip
+        embeds = torch.cat([states[layer] for layer in FLUX_TEXT_LAYERS], dim=-1)
+        counts = torch.from_numpy(np.concatenate([np.ones(longest), np.diff(edges)])).log()
+        return ThinWords(embeds, places, counts.to(embeds).expand(len(rows), -1))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Pixels are taken as differences from the background colour, so an empty patch is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,44 @@ def set_linear_encoder(vae: Any, directions: Tensor, background: Sequence[float]
     encoder.conv_out.bias[latents:] = -20.0  # log variance: nothing is drawn
     vae.quant_conv.weight.copy_(torch.eye(2 * latents)[:, :, None, None])
     vae.quant_conv.bias.zero_()
+
+
+@torch.no_grad()
+def linear_encoder(vae: Any, tolerance: float = 4e-3) -> Callable[[Tensor], Tensor] | None:
+    """``vae.encode(pixels).latent_dist.mode()`` as one matrix, a hundred times faster, when that is what it is.
+
+    The matrix is fitted to what the module makes of noise and has to foretell other noise within ``tolerance`` (what
+    bfloat16 rounds away) of its mean square root; else None. The function takes (B, 3, H, W) in -1..1 and gives
+    (B, latents, H / 8, W / 8), float32.
+    """
+    generator = torch.Generator().manual_seed(0)
+    known, other = (torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1 for _ in range(2))
+    device = next(vae.parameters()).device
+
+    def rows(latents: Tensor) -> Tensor:
+        return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def encoded(pixels: Tensor) -> Tensor:
+        return rows(vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode().float().cpu())
+
+    def with_one(pixels: Tensor) -> Tensor:
+        patches = rows(patches_of(pixels))
+        return torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
+
+    if vae.config.norm_num_groups != 1:  # no need to try a published one
+        return None
+    matrix = torch.linalg.lstsq(with_one(known).double(), encoded(known).double()).solution
+    wanted = encoded(other).double()
+    error = (with_one(other).double() @ matrix - wanted).square().mean().sqrt()
+    if not error <= tolerance * wanted.square().mean().sqrt():
+        return None
+    weight, bias = matrix[:-1].T.float().contiguous(), matrix[-1].float()
+
+    def encode(pixels: Tensor) -> Tensor:
+        patches = patches_of(pixels.float())
+        return torch.einsum("lp,bphw->blhw", weight, patches) + bias.view(1, -1, 1, 1)
+
+    return encode
 
 
 def _key(background: Sequence[float]) -> Tensor:

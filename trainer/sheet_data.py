@@ -103,7 +103,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _common(index: dict[str, Any], key: str) -> Any:
     value = index[key]
-    return {name: value[name] for name in ("panel", "background")} if key == "options" else value
+    return {name: value.get(name) for name in ("panel", "background", "mirrored")} if key == "options" else value
 
 
 @lru_cache(maxsize=512)

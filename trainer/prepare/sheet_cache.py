@@ -43,6 +43,7 @@ from trainer.data import PreparedData, draw_recolouring, symmetric_sample
 from trainer.flux_base import encoded_references, encoder_of, latent_statistics
 from trainer.order import stream_seed
 from triptych.errors import TriptychError
+from triptych.flux.panels import with_mirror_images
 from triptych.geometry.cameras import VIEW_NAMES
 
 from .photos import Photos, photo_references, photograph_all, symmetric_photos
@@ -61,7 +62,8 @@ SAMPLES_PER_SHARD = 256
 class SheetOptions:
     """panel: pixels of a view's side. background: sRGB. variants: of each prepared sample. captions: of each variant.
     lone_photo: share of variants whose only reference is the front view; the others get one to three views. photos:
-    share of variants whose references are photographs. uncut: share of these before a background of their own."""
+    share of variants whose references are photographs. uncut: share of these before a background of their own.
+    mirrored: every reference is followed by its mirror image, see `ViewsCard.mirrored`."""
 
     panel: int = 128
     background: tuple[float, float, float] = (1.0, 0.0, 1.0)
@@ -71,6 +73,7 @@ class SheetOptions:
     seed: int = 0
     photos: float = 0.0
     uncut: float = 0.0
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.photos <= 1 and 0 <= self.uncut <= 1):
@@ -79,7 +82,7 @@ class SheetOptions:
     def header(self) -> dict[str, Any]:
         """What a cache is known by; options that came later stand there only when they are used."""
         said = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in said.items() if value or key not in ("photos", "uncut")}
+        return {key: value for key, value in said.items() if value or key not in ("photos", "uncut", "mirrored")}
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--background", default="1,0,1", help="sRGB colour behind the object, 0-1 (1,1,1 is white)")
     parser.add_argument("--variants", type=int, default=2, help="sheets of each prepared sample")
     parser.add_argument("--captions", type=int, default=4, help="captions of each sheet")
+    parser.add_argument("--mirrored", action="store_true", help="give the mirror image of every reference too")
     add_photo_arguments(parser)
     parser.add_argument("--text", action="store_true", help="also cache the prompts' embeddings, in OUT/text")
     parser.add_argument("--template", help="of the prompts (default: the model's own)")
@@ -119,8 +123,9 @@ def main(args: argparse.Namespace) -> int:
         raise TriptychError(f"--uncut {args.uncut} is a share of the photographs: give --photos SOURCE too")
     share = args.photo_share if args.photos else 0.0
     options = SheetOptions(
-        args.panel, (red, green, blue), args.variants, args.captions, photos=share, uncut=args.uncut if share else 0.0
-    )
+        args.panel, (red, green, blue), args.variants, args.captions, photos=share, uncut=args.uncut if share else 0.0,
+        mirrored=args.mirrored,
+    )  # fmt: skip
     workers = _cores() if args.workers is None else args.workers
     model = _model_folder(args.model)
     for sentence in photograph_all(args.data, args.photos, workers) if args.photos else ():
@@ -266,6 +271,8 @@ def draw_sheet(
         references = photo_references(photos, given, generator, options.background, uncut=options.uncut)
     else:
         references = photo_views(sample, given, generator, options.background)
+    if options.mirrored:
+        references = with_mirror_images(references)
     said = {
         **{key: record.get(key) for key in ("key", "split", "name", "category", "licence", "attribution")},
         "captions": captions,
@@ -336,10 +343,19 @@ def sheet_encoder(model: str, device: str) -> Any:
         return encoder_of(Path(model), torch.device(device), "flux1-kontext")
     from diffusers import AutoencoderKLFlux2
 
+    from trainer.linear_codec import linear_encoder
     from trainer.tasks.flux_vae import patchified
 
-    vae: Any = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae", torch_dtype=torch.bfloat16)
-    vae = vae.to(device, memory_format=torch.channels_last).eval()
+    vae: Any = AutoencoderKLFlux2.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).eval()
+    mean, deviation = latent_statistics(vae)
+    if components := linear_encoder(vae):
+
+        def project(pixels: torch.Tensor) -> torch.Tensor:
+            latents = patchified(components(pixels * 2 - 1))
+            return ((latents - mean) / deviation).to(torch.bfloat16).contiguous()
+
+        return project
+    vae = vae.to(device, torch.bfloat16, memory_format=torch.channels_last)
     mean, deviation = latent_statistics(vae)
 
     @torch.inference_mode()

@@ -37,8 +37,10 @@ class ViewsCard:
     architecture: one of ARCHITECTURES. base: repository id or folder of the model that `lora` (a file of this folder)
     belongs to. panel_size: pixels of one view; the sheet has twice that. background: sRGB 0-1 of the training sheets.
     prompt_template: with {text} and {given}. steps, guidance, shift: defaults of the sampler, see `sigmas`.
-    vocabulary: the only words that the model knows; None for a model that knows language. files: relative path ->
-    sha256. provenance: how it was trained. attribution: whose objects it was trained on.
+    vocabulary: the only words that the model knows; None for a model that knows language. mirrored: every reference is
+    followed by its mirror image, so that the outline of the opposite view, which is the mirrored one, stands somewhere
+    to be copied. files: relative path -> sha256. provenance: how it was trained. attribution: whose objects it was
+    trained on.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ViewsCard:
     guidance: float = 4.0
     shift: float = 1.0
     vocabulary: tuple[str, ...] | None = None
+    mirrored: bool = False
     files: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     attribution: str = ""
@@ -205,6 +208,7 @@ def _problem(name: str, value: Any) -> str | None:
         "guidance": (_is_number(value, 0, 100), "a number 0-100"),
         "shift": (_is_number(value, 0.01, 100), "a number 0.01-100"),
         "vocabulary": (value is None or _all_words(value), "a list of words or null"),
+        "mirrored": (isinstance(value, bool), "true or false"),
         "files": (_all_hashes(value), "relative paths inside of the folder with their sha256"),
         "provenance": (isinstance(value, dict), "an object"),
         "attribution": (isinstance(value, str), "a text"),

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 
@@ -60,6 +61,11 @@ def sheet_to_views(
         for rgba in views.values():
             rgba[..., :3] = _unmixed(rgba[..., :3], key)
     return views
+
+
+def with_mirror_images(views: Tensor) -> Tensor:
+    """(V, ..., S) pictures -> (2 V, ..., S): each followed by itself with left and right exchanged."""
+    return torch.stack([views, views.flip(-1)], dim=1).flatten(0, 1)
 
 
 def cut_sheet(sheet: Tensor | np.ndarray, card: ViewsCard) -> dict[str, np.ndarray]:

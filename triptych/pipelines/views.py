@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TriptychError
-from ..flux.panels import check_views, cut_sheet, grouped, is_empty, lost_in_key
+from ..flux.panels import check_views, cut_sheet, grouped, is_empty, lost_in_key, with_mirror_images
 from ..flux.prompts import check_prompt, fill_template, require_prompt, usual_guidance
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
@@ -247,8 +247,9 @@ def _draw(
 
 
 def given_references(given: ViewSet | None, card: ViewsCard) -> tuple[list[Tensor], tuple[str, ...]]:
-    """The given views on the model's background, each (3, P, P) float32 0-1, in the order front, left, back, right;
-    sentences about colours that the background has too."""
+    """The given views on the model's background, each (3, P, P) float32 0-1, in the order front, left, back, right,
+    with their mirror images between them where the model takes these; sentences about colours that the background has
+    too."""
     if given is None:
         return [], ()
     pictures = dict(zip(given.azimuths_deg, given.images.permute(0, 2, 3, 1).numpy(), strict=True))
@@ -261,7 +262,8 @@ def given_references(given: ViewSet | None, card: ViewsCard) -> tuple[list[Tenso
         for name, share in lost.items()
         if share > _LOST_SHARE
     )
-    return list(torch.from_numpy(flatten(rgba, card.background)).permute(0, 3, 1, 2).contiguous()), notes
+    flat = torch.from_numpy(flatten(rgba, card.background)).permute(0, 3, 1, 2).contiguous()
+    return list(with_mirror_images(flat) if card.mirrored else flat), notes
 
 
 def _report(attempts: list[_Attempt], best: _Attempt) -> list[str]:
