@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -177,6 +178,54 @@ def test_optimizer_state_survives_as_plain_tensors(tmp_path) -> None:
         each.step()
         results.append(weight.detach().clone())
     assert torch.equal(*results) and not torch.equal(results[0], weight_before)
+
+
+def _block_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList([torch.nn.Linear(6, 6) for _ in range(2)])
+    return torch.nn.ModuleDict({"into": torch.nn.Linear(4, 6), "blocks": blocks, "out": torch.nn.Linear(6, 1)})
+
+
+def _block_step(model, optimizer, seed):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+    hidden = model["into"](x)
+    for block in model["blocks"]:
+        hidden = hidden + torch.tanh(block(hidden))
+    loss = (model["out"](hidden)[:, 0] - x.prod(1)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def test_muon_has_the_matrices_of_blocks_and_its_state_survives() -> None:
+    config = replace(recipe(), optimizer="muon", lr=0.01, weight_decay=0.1)
+    model = _block_model()
+    optimizer = build_optimizer(model, config)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1]
+    before = [block.weight.detach().clone() for block in model["blocks"]]
+    _block_step(model, optimizer, 0)
+    for old, block in zip(before, model["blocks"], strict=True):  # an orthogonal update of AdamW's size
+        update = (old * (1 - 0.01 * 0.1) - block.weight.detach()) / (0.01 * 0.2 * 6**0.5)
+        singular = torch.linalg.svdvals(update)
+        assert singular.max() < 1.3 and singular[:4].min() > 0.5
+    tensors, updates = optimizer_state(model, optimizer)
+    assert {name for name in tensors if name.startswith("momentum")} == {
+        "momentum_buffer.blocks.0.weight", "momentum_buffer.blocks.1.weight"
+    }  # fmt: skip
+    assert "exp_avg_sq.blocks.0.bias" in tensors and "exp_avg.into.weight" in tensors
+    other = _block_model()
+    other.load_state_dict(model.state_dict())
+    fresh = build_optimizer(other, config)
+    load_optimizer_state(other, fresh, {name: t.clone() for name, t in tensors.items()}, updates)
+    for seed in (1, 2):
+        _block_step(model, optimizer, seed)
+        _block_step(other, fresh, seed)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(TriptychError, match="'momentum_buffer' is missing"):
+        load_optimizer_state(other, fresh, {}, {"blocks.0.weight": 1})
+    with pytest.raises(TriptychError, match="no matrix of repeated blocks"):
+        build_optimizer(torch.nn.Linear(2, 3), config)
 
 
 def test_state_of_another_model_is_refused() -> None:

@@ -72,6 +72,7 @@ class TrainConfig:
     min_lr_ratio: float = 0.0  # the last learning rate over lr
     weight_decay: float = 0.0  # on parameters with two or more axes
     betas: tuple[float, float] = (0.9, 0.99)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of repeated blocks; adamw for the rest
     grad_clip: float = 1.0  # L2 norm over all parameters; 0: no clipping
     accumulation: int = 1  # backward passes per step
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; parameters and EMA stay float32

@@ -19,6 +19,7 @@ Not covered: FLUX.2-dev and FLUX.3; training on several references in FLUX.1 oth
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -334,6 +335,14 @@ class FrozenParts:
         """The pipeline that users run, with this transformer."""
         return self._pipeline(transformer, {name: self.part(name) for name in self._names})
 
+    def save(self, transformer: nn.Module, folder: Path) -> None:
+        """The whole model in bfloat16 and diffusers' layout, without the places that its parts were read from."""
+        self.pipeline(transformer.to(torch.bfloat16)).save_pretrained(folder)
+        for file in folder.rglob("*.json"):
+            said = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(said, dict) and said.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     def _pipeline(self, transformer: Any, parts: dict[str, Any]) -> Any:
         import diffusers
 
@@ -486,5 +495,5 @@ def write_whole(model: nn.Module, folder: Path, parts: FrozenParts) -> None:
     """The whole model in diffusers' layout, bfloat16, and its transformer as one file for ComfyUI."""
     from triptych.flux.native import export_native
 
-    parts.pipeline(model.to(torch.bfloat16)).save_pretrained(folder)
+    parts.save(model, folder)
     export_native(folder, folder / "comfyui" / f"{folder.name}.safetensors")

@@ -1,8 +1,9 @@
 """The one training loop, for every task.
 
 `train` opens the run and holds the loop, to be read from top to bottom; what it calls is small and named for what it
-does. All state of a run is: the weights, their EMA, the AdamW moments, and the numbers in Progress. No random-number
-state is kept: data order, samples and the generator that a loss sees are functions of the step (trainer.order).
+does. All state of a run is: the weights, their EMA, the optimizer's moments, and the numbers in Progress. No state of
+random numbers is kept: data order, samples and the generator that a loss sees are functions of the step
+(trainer.order).
 
 Not covered: sharded parameters (FSDP), and bit-equality on a GPU, where some kernels add in no fixed order.
 """
@@ -352,7 +353,7 @@ def _save(run: Session, clock: Clock) -> TriptychError | None:
             run.checkpoints,
             progress.step,
             {"model": saved_tensors(run.model), "ema": run.ema.tensors, "optimizer": moments},
-            {"optimizer": {"class": "AdamW", "updates": updates}, "state": state},
+            {"optimizer": {"class": run.config.optimizer, "updates": updates}, "state": state},
         )
         rotate(run.checkpoints, run.config.keep_checkpoints, progress.best_step)
     except TriptychError as error:

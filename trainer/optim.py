@@ -1,4 +1,4 @@
-"""AdamW, the learning-rate schedule, the EMA, and their state as named tensors (nothing is ever pickled)."""
+"""AdamW and Muon, the learning-rate schedule, the EMA, and their state as named tensors (nothing is ever pickled)."""
 
 from __future__ import annotations
 
@@ -62,9 +62,33 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * warmup * level
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, in groups as the config has them; weight decay on parameters with two or more axes only (not on biases and
-    norms). TriptychError where nothing can be trained at the first step, or a group matches nothing."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimizers that step together. Muon (Jordan et al. 2024) makes the update of a matrix orthogonal; it is
+    scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate and one weight decay serve both."""
+
+    def __init__(self, adamw: torch.optim.AdamW | None, muon: torch.optim.Optimizer) -> None:
+        self.parts = [part for part in (adamw, muon) if part]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def _is_inner_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether it is a matrix of one of several equal blocks, which have a number in their names; what lies before and
+    behind them (embeddings, projections to and from pixels or words) is none."""
+    return parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
+
+
+def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The config's optimizer, in groups as the config has them; weight decay on parameters with two or more axes only
+    (not on biases and norms). TriptychError where nothing can be trained at the first step, where a group matches
+    nothing, and for Muon without a matrix to train or with a torch that lacks it."""
     parameters = trainable(model)
     if not parameters:
         raise TriptychError(
@@ -80,7 +104,19 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
     if all(_is_frozen(group["rule"], 0) for group in groups):
         raise TriptychError("config: the groups freeze every parameter at step 0: give one of them thaw_step 0")
     fused = all(p.is_cuda for p in parameters.values())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    inner = {parameter for name, parameter in parameters.items() if _is_inner_matrix(name, parameter)}
+    if not hasattr(torch.optim, "Muon"):
+        raise TriptychError(f"optimizer muon needs torch 2.9, this is {torch.__version__}: update it, or choose adamw")
+    if not inner:
+        raise TriptychError("optimizer muon: no matrix of repeated blocks is trained: choose adamw")
+    split = [
+        [group | {"params": found} for group in groups if (found := [p for p in group["params"] if (p in inner) is of])]
+        for of in (False, True)
+    ]
+    adamw = torch.optim.AdamW(split[0], lr=config.lr, betas=config.betas, fused=fused) if split[0] else None
+    return MuonAndAdamW(adamw, torch.optim.Muon(split[1], lr=config.lr, adjust_lr_fn="match_rms_adamw"))
 
 
 def grouped(
@@ -133,16 +169,31 @@ def frozen_groups(optimizer: torch.optim.Optimizer, step: int) -> Iterator[None]
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+
+def _owners(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, tuple[torch.optim.Optimizer, tuple[str, ...]]]:
+    """The optimizer that updates each parameter, and the names of the moments that it keeps of it."""
+    parts = optimizer.parts if isinstance(optimizer, MuonAndAdamW) else [optimizer]
+    return {
+        parameter: (part, MOMENTS if isinstance(part, torch.optim.AdamW) else MUON_MOMENTS)
+        for part in parts
+        for group in part.param_groups
+        for parameter in group["params"]
+    }
 
 
 def optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str, int]]:
-    """The moments as ``moment.parameter`` tensors, and the number of updates of each parameter."""
+    """The moments as ``moment.parameter`` tensors, and the number of updates of each parameter (1 for Muon, which does
+    not count them)."""
     tensors: Tensors = {}
     updates: dict[str, int] = {}
+    owners = _owners(optimizer)
     for name, parameter in trainable(model).items():
-        if state := optimizer.state.get(parameter):  # absent until the parameter's first update
-            updates[name] = int(state["step"])
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+        part, moments = owners[parameter]
+        if state := part.state.get(parameter):  # absent until the parameter's first update
+            updates[name] = int(state.get("step", 1))
+            tensors |= {f"{moment}.{name}": state[moment] for moment in moments}
     return tensors, updates
 
 
@@ -153,15 +204,18 @@ def load_optimizer_state(
     parameters = trainable(model)
     if unknown := sorted(updates.keys() - parameters.keys()):
         raise TriptychError(f"optimizer state: parameter {unknown[0]!r} is unknown to the model")
-    fused = bool(optimizer.param_groups[0].get("fused"))
+    owners = _owners(optimizer)
     for name, count in updates.items():
         parameter = parameters[name]
-        moments = {moment: torch.empty_like(parameter, requires_grad=False) for moment in MOMENTS}
+        part, kept = owners[parameter]
+        moments = {moment: torch.empty_like(parameter, requires_grad=False) for moment in kept}
         load_tensors(
-            moments, {m: tensors[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in tensors}, f"optimizer {name}"
+            moments, {m: tensors[f"{m}.{name}"] for m in kept if f"{m}.{name}" in tensors}, f"optimizer {name}"
         )
-        step = torch.tensor(float(count), device=parameter.device if fused else "cpu")
-        optimizer.state[parameter] = {"step": step, **moments}
+        if "exp_avg" in moments:
+            fused = bool(part.param_groups[0].get("fused"))
+            moments["step"] = torch.tensor(float(count), device=parameter.device if fused else "cpu")
+        part.state[parameter] = moments
 
 
 class Ema:

@@ -55,8 +55,7 @@ def flux_text_tiny() -> TrainConfig:
 
 
 def flux_views_tiny() -> TrainConfig:
-    """The small multi-view model: hours on CPU cores. Short prompts first; a last part with 512 text tokens, as
-    pipelines run it, starts from this run (--set init_from=RUN --set task_config.text_tokens=512)."""
+    """The small multi-view model: hours on CPU cores."""
     from trainer.tasks.flux_views import FluxViewsConfig
 
     return TrainConfig(
@@ -65,7 +64,7 @@ def flux_views_tiny() -> TrainConfig:
         task_config=FluxViewsConfig(
             cache=("sheets",),
             parts="flux-parts",
-            text_tokens=48,
+            thin_padding=8,
             # A model of this size is best where nearly all is noise: few steps, each close to what is likely.
             shift=10.0,
             sample_steps=3,
@@ -76,6 +75,7 @@ def flux_views_tiny() -> TrainConfig:
         steps=4000,
         batch_size=16,
         lr=1e-3,
+        optimizer="muon",
         schedule="wsd",
         decay_share=0.3,
         warmup_steps=100,

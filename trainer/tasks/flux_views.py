@@ -53,6 +53,7 @@ from triptych.flux.card import ViewsCard, default_card, sigmas, write_card
 
 __all__ = ["FluxViewsConfig", "FluxViewsTask", "TransformerSize", "grouped_velocity", "token_ids", "velocity_of"]
 
+_SPREAD_TOKENS = 48  # what short prompts take; more would be padding alone
 TEMPLATE = "{text}. given: {given}."
 
 
@@ -153,7 +154,9 @@ class FluxViewsTask(Task):
             config.prompt_template.format(text=said[place]["captions"][0], given=("nothing", "front")[number % 2])
             for number, place in enumerate(places)
         ]
-        return FrozenParts(Path(config.parts), torch.device("cpu")).embed(prompts, config.text_tokens)
+        return FrozenParts(Path(config.parts), torch.device("cpu")).embed(
+            prompts, min(_SPREAD_TOKENS, config.text_tokens)
+        )
 
     def setup(self, device: torch.device) -> None:
         config = self.config
@@ -326,7 +329,7 @@ class FluxViewsTask(Task):
         elif self.base:
             write_whole(model, folder, self.parts)
         else:
-            self.parts.pipeline(model.to(torch.bfloat16)).save_pretrained(folder)
+            self.parts.save(model, folder)
         write_card(folder, card)
         if not self.base:
             write_views_card(folder, provenance, self.data.said)
