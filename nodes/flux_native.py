@@ -161,7 +161,7 @@ class FluxPrepare(io.ComfyNode):
             positive,
             unwanted,
             empty_latent(vae, card),
-            sigma_tensor(card),
+            sigma_tensor(card, rest["steps"] or card.usual(given is not None)[0]),
             plan,
             shown,
             report,
@@ -342,13 +342,13 @@ def empty_latent(vae: Any, card: ViewsCard) -> dict[str, Any]:
     return {"samples": torch.zeros(1, vae.latent_channels, side, side, device=intermediate_device())}
 
 
-def sigma_tensor(card: ViewsCard) -> Tensor:
+def sigma_tensor(card: ViewsCard, steps: int) -> Tensor:
     """SIGMAS (steps + 1) from 1 to 0."""
     import torch
 
     from ..triptych.flux.card import sigmas
 
-    return torch.tensor([*sigmas(card.steps, card.shift), 0.0])
+    return torch.tensor([*sigmas(steps, card.shift), 0.0])
 
 
 def blank(card: ViewsCard) -> Tensor:

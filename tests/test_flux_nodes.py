@@ -15,6 +15,8 @@ import torch
 from comfy_server import ROOT, ApiError, ComfyServer, find_comfy
 from PIL import Image
 
+from triptych.flux.card import ViewsCard
+
 NAMES = ("front", "left", "back", "right")
 PANEL = 64
 MAGENTA = (1.0, 0.0, 1.0)
@@ -114,10 +116,9 @@ class Painter:
     """A model that paints a given sheet, once it has seen as many seeds as ``after`` says; else an empty one."""
 
     def __init__(self, sheet, *, after=0, pause_s=0.0):
-        self.card = SimpleNamespace(
-            name="painter", background=MAGENTA, panel_size=PANEL, steps=8, guidance=2.0, vocabulary=None,
-            prompt_template="{text}. given: {given}.", max_sequence_length=512,
-        )  # fmt: skip
+        self.card = ViewsCard(
+            "painter", "Apache-2.0", "flux2-klein", "{text}. given: {given}.", PANEL, MAGENTA, steps=8, guidance=2.0
+        )
         self.painting, self.after, self.pause_s, self.calls = sheet, after, pause_s, []
         self.warnings: tuple[str, ...] = ()
         self.pipeline = SimpleNamespace()

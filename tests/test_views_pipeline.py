@@ -236,6 +236,14 @@ def test_a_model_that_wants_mirror_images_gets_each_after_its_picture():
     assert all(torch.equal(*pair) for pair in zip(got, [front, front.flip(-1), left, left.flip(-1)], strict=True))
 
 
+def test_a_card_may_have_steps_and_guidance_of_its_own_for_given_views():
+    model = FakeViews(card(photo_steps=1, photo_guidance=1.0))
+    views_from_prompt("a robot", model=model)
+    views_from_prompt("a robot", images={"left": photo("left")}, model=model)
+    views_from_prompt(images={"left": photo("left")}, model=model, settings=ViewSettings(steps=5, guidance=4.0))
+    assert [(c["steps"], c["guidance"]) for c in model.calls] == [(3, 2.0), (1, 1.0), (5, 4.0)]
+
+
 def test_an_object_in_the_colour_of_the_models_background_is_told():
     picture = Image.new("RGB", (200, 200), "white")
     ImageDraw.Draw(picture).rectangle((60, 40, 140, 160), fill="teal")

@@ -127,14 +127,16 @@ class LastSheet:
 
 def generated_panels(model: FluxViews, protocol: Protocol, item: TrueObject, seed: int) -> Panels:
     """The four views that the model makes of the object's lone photograph, at the model's own size."""
+    from triptych.flux.panels import with_mirror_images
     from triptych.images.views import prepare_views
 
     card, cut = model.card, lone(item.photo)
     # Prepared twice as in views_from_prompt, so that its first sheet is this one.
     for size in (protocol.meshes["view_px"], card.panel_size):
         cut = prepare_views({"front": cut}, size=size, foreground="alpha").images[0].permute(1, 2, 0).numpy()
-    reference = torch.from_numpy(flatten(cut, card.background)).permute(2, 0, 1).contiguous()
-    return sheet_panels(model, protocol.text, [reference], ("front",), protocol, seed)
+    reference = torch.from_numpy(flatten(cut, card.background)).permute(2, 0, 1).contiguous()[None]
+    references = list(with_mirror_images(reference) if card.mirrored else reference)
+    return sheet_panels(model, protocol.text, references, ("front",), protocol, seed)
 
 
 def sheet_panels(
@@ -147,11 +149,12 @@ def sheet_panels(
 ) -> Panels:
     """One sheet of the model, cut out."""
     from triptych.flux.panels import cut_sheet
-    from triptych.flux.prompts import fill_template, usual_guidance
+    from triptych.flux.prompts import fill_template
 
     card = model.card
-    steps = card.steps if protocol.steps is None else protocol.steps
-    guidance = usual_guidance(card, text) if protocol.guidance is None else protocol.guidance
+    steps, guidance = card.usual(bool(references))
+    steps = steps if protocol.steps is None else protocol.steps
+    guidance = guidance if protocol.guidance is None else protocol.guidance
     prompt = fill_template(card, text, given)
     sheet = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance)
     return cut_sheet(sheet, card)

@@ -31,6 +31,7 @@ _SURFACES = {
 def summary(model: FluxViews, protocol: Protocol, rows: list[dict[str, Any]], changed: list[str]) -> dict[str, Any]:
     """Means over the objects, beside the rows themselves."""
     card = model.card
+    steps, guidance = card.usual(given=True)
     methods = rows[0]["views"]
     result: dict[str, Any] = {
         "protocol": {
@@ -44,8 +45,8 @@ def summary(model: FluxViews, protocol: Protocol, rows: list[dict[str, Any]], ch
             "name": card.name,
             "architecture": card.architecture,
             "panel_size": card.panel_size,
-            "steps": card.steps if protocol.steps is None else protocol.steps,
-            "guidance": card.guidance if protocol.guidance is None else protocol.guidance,
+            "steps": steps if protocol.steps is None else protocol.steps,
+            "guidance": guidance if protocol.guidance is None else protocol.guidance,
             "seeds": list(protocol.seeds),
             "sheet_s": float(np.median([row["sheet_s"] for row in rows])),
         },

@@ -75,7 +75,8 @@ class FluxViewsConfig:
     base: a folder in diffusers' layout or a repository to fine-tune; "" starts a transformer of ``size``. lora,
     quantisation, gradient_checkpointing: how, see trainer/flux_base.py. text: a folder of cached prompts; "" keeps the
     text encoder at hand. sample_shift: of the sampler and the card, 0 takes that of training. sample_batch: sheets
-    generated at a time, 0 for all. licence: of the weights, for the card; "" takes the base's (of ours: Apache-2.0).
+    generated at a time, 0 for all. photo_steps, photo_guidance: of the sampler where views are given, 0 as without
+    them. licence: of the weights, for the card; "" takes the base's (of ours: Apache-2.0).
     spread_prompts: for a transformer from random weights: how many prompts its first look at words is spread by, see
     `spread_words`; 0 leaves it random. thin_padding: for FLUX.2: how many of the padding tokens behind a prompt a
     training step reads, see `FrozenParts.embed_thinly`; 0 reads all. Several times faster with small transformers.
@@ -94,6 +95,8 @@ class FluxViewsConfig:
     vocabulary: str = ""
     sample_steps: int = 8
     sample_guidance: float = 2.0
+    photo_steps: int = 0
+    photo_guidance: float = 0.0
     validation_sheets: int = 64
     generated_sheets: int = 16
     base: str = ""
@@ -296,7 +299,8 @@ class FluxViewsTask(Task):
         empty = self.words([""] * count) if second else None
         rows = references.flatten(0, 1) if references is not None else x.new_zeros(0, *x.shape[1:])
         groups = [(0 if references is None else references.shape[1], count)]
-        levels = [*sigmas(config.sample_steps, config.sample_shift or config.shift), 0.0]
+        steps = config.photo_steps if references is not None and config.photo_steps else config.sample_steps
+        levels = [*sigmas(steps, config.sample_shift or config.shift), 0.0]
         for now, after in zip(levels, levels[1:], strict=False):
             level = torch.full((count,), now, device=self.device)
             velocity = grouped_velocity(model, x, level, words, rows, groups, told).float()
@@ -362,6 +366,8 @@ class FluxViewsTask(Task):
             steps=config.sample_steps,
             guidance=config.sample_guidance,
             shift=config.sample_shift or config.shift,
+            photo_steps=config.photo_steps or None,
+            photo_guidance=config.photo_guidance or None,
             vocabulary=_vocabulary(config.vocabulary),
             provenance=without_places(provenance | {"sheets": len(self.data), "options": options}),
             attribution=attribution_of(self.data.said),

@@ -89,8 +89,9 @@ class FluxViews(ABC):
         if self.pipeline is None:
             raise TriptychError(f"the model {self.card.name} was unloaded: load it again")
         pictures = [self._picture(i, reference) for i, reference in enumerate(references)]
-        steps = self.card.steps if steps is None else steps
-        guidance = self.card.guidance if guidance is None else guidance
+        usual = self.card.usual(bool(pictures))
+        steps = usual[0] if steps is None else steps
+        guidance = usual[1] if guidance is None else guidance
         if not 0 <= guidance <= 100:
             raise TriptychError(f"guidance is {guidance}, it has to be 0-100")
         if not 0 <= seed <= _MAX_SEED:
@@ -109,7 +110,7 @@ class FluxViews(ABC):
 
     def notes(self, *, guidance: float | None = None, negative: str = "", references: int = 0) -> tuple[str, ...]:
         """What of such a call has no effect on this model, as sentences for the user."""
-        guidance = self.card.guidance if guidance is None else guidance
+        guidance = self.card.usual(bool(references))[1] if guidance is None else guidance
         if negative and not self.uses_negative(guidance):
             return (f"{self.card.name} does not use a negative prompt with guidance {guidance:g}",)
         return ()

@@ -36,7 +36,8 @@ class ViewsCard:
 
     architecture: one of ARCHITECTURES. base: repository id or folder of the model that `lora` (a file of this folder)
     belongs to. panel_size: pixels of one view; the sheet has twice that. background: sRGB 0-1 of the training sheets.
-    prompt_template: with {text} and {given}. steps, guidance, shift: defaults of the sampler, see `sigmas`.
+    prompt_template: with {text} and {given}. steps, guidance, shift: defaults of the sampler, see `sigmas`;
+    photo_steps, photo_guidance: instead of them when views are given, None for the same.
     vocabulary: the only words that the model knows; None for a model that knows language. mirrored: every reference is
     followed by its mirror image, so that the outline of the opposite view, which is the mirrored one, stands somewhere
     to be copied. files: relative path -> sha256. provenance: how it was trained. attribution: whose objects it was
@@ -57,10 +58,17 @@ class ViewsCard:
     shift: float = 1.0
     vocabulary: tuple[str, ...] | None = None
     mirrored: bool = False
+    photo_steps: int | None = None
+    photo_guidance: float | None = None
     files: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     attribution: str = ""
     format_version: int = FORMAT_VERSION
+
+    def usual(self, given: bool) -> tuple[int, float]:
+        """Steps and guidance for a sheet; given: whether some of its views are."""
+        steps = self.photo_steps if given and self.photo_steps is not None else self.steps
+        return steps, self.photo_guidance if given and self.photo_guidance is not None else self.guidance
 
 
 _SHEET_PROMPT = (
@@ -206,6 +214,8 @@ def _problem(name: str, value: Any) -> str | None:
         "max_sequence_length": (_is_number(value, 16, 4096, int), "a whole number 16-4096"),
         "steps": (_is_number(value, 1, 1000, int), "a whole number 1-1000"),
         "guidance": (_is_number(value, 0, 100), "a number 0-100"),
+        "photo_steps": (value is None or _is_number(value, 1, 1000, int), "a whole number 1-1000 or null"),
+        "photo_guidance": (value is None or _is_number(value, 0, 100), "a number 0-100 or null"),
         "shift": (_is_number(value, 0.01, 100), "a number 0.01-100"),
         "vocabulary": (value is None or _all_words(value), "a list of words or null"),
         "mirrored": (isinstance(value, bool), "true or false"),

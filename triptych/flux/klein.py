@@ -26,7 +26,7 @@ class KleinViews(FluxViews):
         return guidance > 1 and not self.is_distilled
 
     def notes(self, *, guidance: float | None = None, negative: str = "", references: int = 0) -> tuple[str, ...]:
-        wanted = self.card.guidance if guidance is None else guidance
+        wanted = self.card.usual(bool(references))[1] if guidance is None else guidance
         ignored = self.is_distilled and wanted > 1
         text = f"{self.card.name} is distilled to few steps and does not use the guidance {wanted:g}"
         return (*([text] if ignored else []), *super().notes(guidance=guidance, negative=negative))

@@ -209,8 +209,3 @@ def _longest_prefix(text: str, count: CountTokens, limit: int) -> str:
         middle = (low + high) // 2
         low, high = (middle, high) if count(text[: ends[middle - 1]]) <= limit else (low, middle)
     return text[: ends[low - 1]].rstrip(" ,;:-") if low else text[:1]
-
-
-def usual_guidance(card: ViewsCard, text: str) -> float:
-    """The card's guidance; 1, which is none, for a small model that is given no words: there is nothing to guide by."""
-    return card.guidance if text.strip() or card.vocabulary is None else 1.0

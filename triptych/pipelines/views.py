@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import TriptychError
 from ..flux.panels import check_views, cut_sheet, grouped, is_empty, lost_in_key, with_mirror_images
-from ..flux.prompts import check_prompt, fill_template, require_prompt, usual_guidance
+from ..flux.prompts import check_prompt, fill_template, require_prompt
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
 from ..images.sheets import flatten, join_sheet
@@ -127,11 +127,10 @@ def views_from_prompt(
         text, said = check_prompt(prompt, card, bool(sources), _token_counter(loaded))
         notes += [*said, *loaded.warnings, *loaded.notes(guidance=settings.guidance, references=len(sources))]
         filled = fill_template(card, text, sources)
-        guidance = usual_guidance(card, text) if settings.guidance is None else settings.guidance
         references, said = given_references(given, card)
         notes += said
         with clock.stage("generate", 0.15, 0.95):
-            attempts = _draw(loaded, filled, references, missing, settings, guidance, clock, preview)
+            attempts = _draw(loaded, filled, references, missing, settings, clock, preview)
     finally:
         if is_ours:
             loaded.unload()
@@ -215,13 +214,14 @@ def _draw(
     references: list[Tensor],
     missing: tuple[str, ...],
     settings: ViewSettings,
-    guidance: float,
     clock: _Clock,
     preview: Preview | None,
 ) -> list[_Attempt]:
     """Sheets until one is without fault, 1 + rerolls at most."""
     card = model.card
-    steps = card.steps if settings.steps is None else settings.steps
+    steps, guidance = card.usual(bool(references))
+    steps = steps if settings.steps is None else settings.steps
+    guidance = guidance if settings.guidance is None else settings.guidance
     attempts: list[_Attempt] = []
     for roll in range(settings.rerolls + 1):
         # Most sheets are well at once, so the first takes most of the bar.
