@@ -77,6 +77,18 @@ def test_words_alone_are_only_asked_of_objects_that_face_the_front(cache):
         assert drawn["prompt"] in ("", *(f"{t}. given: nothing." for t in said["captions"])) or not said["faces_front"]
 
 
+def test_a_share_of_the_samples_is_made_from_words_alone(cache):
+    task = FluxViewsTask(_config(cache, drop_references=0.0, words_share=0.5))
+    task.data = SheetData([cache])
+    drawn = [task.sample(index, seed) for index in range(4) for seed in range(40)]
+    alone = [len(one["references"]) == 0 for one in drawn]
+    assert 0.35 < np.mean(alone) < 0.65
+    assert all(one["prompt"] == "" or one["prompt"].endswith("nothing.") for one in np.array(drawn)[alone])
+    facing = [c.target for c in (task.data[i] for i in range(len(task.data))) if c.said["faces_front"]]
+    for one in np.array(drawn)[alone][:10]:
+        assert any(torch.equal(one["target"], target) for target in facing)
+
+
 def test_the_fixed_light_keeps_a_colour_within_its_bounds():
     albedo = np.full((4, 8, 8, 4), 255, dtype=np.uint8)
     normal = np.full((4, 8, 8, 3), 127, dtype=np.uint8)

@@ -68,7 +68,8 @@ def flux_views_tiny() -> TrainConfig:
             # A model of this size is best where nearly all is noise: few steps, each close to what is likely.
             shift=10.0,
             sample_steps=3,
-            drop_references=0.45,
+            words_share=0.4,
+            drop_references=0.0,
             drop_text=0.15,
             spread_prompts=1500,
         ),

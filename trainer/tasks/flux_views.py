@@ -69,8 +69,10 @@ class TransformerSize:
 @dataclass(frozen=True)
 class FluxViewsConfig:
     """cache: folders of `trainer sheets`. parts: a folder with vae/, text_encoder/ and tokenizer/ in diffusers' layout.
-    text_tokens: length that prompts are padded to. shift, logit_mean, logit_std: of the noise levels.
-    vocabulary: a JSON list of the words that a small text encoder knows, for the card; "" for one that knows language.
+    text_tokens: length that prompts are padded to. shift, logit_mean, logit_std: of the noise levels. words_share: of
+    the samples, made from words alone, of objects that face the front of their source, which are few among all;
+    drop_references is for the others. vocabulary: a JSON list of the words that a small text encoder knows, for the
+    card; "" for one that knows language.
 
     base: a folder in diffusers' layout or a repository to fine-tune; "" starts a transformer of ``size``. lora,
     quantisation, gradient_checkpointing: how, see trainer/flux_base.py. text: a folder of cached prompts; "" keeps the
@@ -92,6 +94,7 @@ class FluxViewsConfig:
     logit_std: float = 1.0
     drop_text: float = 0.1
     drop_references: float = 0.15
+    words_share: float = 0.0
     vocabulary: str = ""
     sample_steps: int = 8
     sample_guidance: float = 2.0
@@ -177,15 +180,26 @@ class FluxViewsTask(Task):
         return len(self.data)
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
-        return self._drawn(self.data[index], np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        if self.config.words_share and generator.random() < self.config.words_share:
+            index = self._facing[int(generator.integers(len(self._facing)))]
+            return self._drawn(self.data[index], generator, words_alone=True)
+        return self._drawn(self.data[index], generator)
 
-    def _drawn(self, cached: CachedSheet, generator: np.random.Generator) -> dict[str, Any]:
+    @cached_property
+    def _facing(self) -> list[int]:
+        found = [index for index, said in enumerate(self.data.said) if said["faces_front"]]
+        if not found:
+            raise TriptychError("words_share needs sheets that face the front, and there are none: set it to 0")
+        return found
+
+    def _drawn(self, cached: CachedSheet, generator: np.random.Generator, words_alone: bool = False) -> dict[str, Any]:
         config, said = self.config, cached.said
         level = 1 / (1 + np.exp(-generator.normal(config.logit_mean, config.logit_std)))
         text = said["captions"][int(generator.integers(len(said["captions"])))]
         drops_text = generator.random() < config.drop_text
         share = 1.0 if self.words_only else config.drop_references
-        drops_references = generator.random() < share and said["faces_front"]
+        drops_references = words_alone or (generator.random() < share and said["faces_front"])
         given = "nothing" if drops_references else ", ".join(said["given"])
         prompt = config.prompt_template.format(text="" if drops_text else text, given=given)
         if drops_text and generator.random() < 0.5:
