@@ -7,6 +7,7 @@ with the true ones. Beside the model stand what it has to beat and what it canno
 - model, fitted: its views moved and scaled so that their boxes have the true height and centre, as the pipeline does
   with all views of a set; what is left when the object's unknown size is taken out;
 - photo copied: the photograph itself, in the true scale, as the left and right view, mirrored as the back;
+- photo copied, size unknown: the same with the photograph as the model sees it, filling its frame;
 - front copied: the same with the true front under the light of the true views, so that only the side is wrong;
 - truth, cut out: the true views laid on the model's background and cut out again;
 - truth through the VAE: the same with the autoencoder between, for models that have one.
@@ -128,12 +129,9 @@ class LastSheet:
 def generated_panels(model: FluxViews, protocol: Protocol, item: TrueObject, seed: int) -> Panels:
     """The four views that the model makes of the object's lone photograph, at the model's own size."""
     from triptych.flux.panels import with_mirror_images
-    from triptych.images.views import prepare_views
 
-    card, cut = model.card, lone(item.photo)
     # Prepared twice as in views_from_prompt, so that its first sheet is this one.
-    for size in (protocol.meshes["view_px"], card.panel_size):
-        cut = prepare_views({"front": cut}, size=size, foreground="alpha").images[0].permute(1, 2, 0).numpy()
+    card, cut = model.card, framed_photo(item, protocol.meshes["view_px"], model.card.panel_size)
     reference = torch.from_numpy(flatten(cut, card.background)).permute(2, 0, 1).contiguous()[None]
     references = list(with_mirror_images(reference) if card.mirrored else reference)
     return sheet_panels(model, protocol.text, references, ("front",), protocol, seed)
@@ -171,6 +169,7 @@ def score_object(
         "model": {name: resized(panel, size) for name, panel in panels.items()},
         "model, fitted": {name: fitted_view(resized(panels[name], size), truth[name]) for name in COMPARED},
         "photo copied": copied(photo),
+        "photo copied, size unknown": copied(resized(framed_photo(item, model.card.panel_size), size)),
         "front copied": copied(truth["front"]),
         **{name: {view: resized(p, size) for view, p in found.items()} for name, found in _ceilings(model, item)},
     }
@@ -194,6 +193,16 @@ def score_object(
 def masks_of(panels: Panels) -> np.ndarray:
     """(4, S, S) bool, front, left, back, right."""
     return np.stack([silhouette(panels[name]) for name in VIEW_NAMES])
+
+
+def framed_photo(item: TrueObject, *sizes: int) -> np.ndarray:
+    """The lone photograph as it is prepared for a model, brought to each of the sizes in turn: (S, S, 4)."""
+    from triptych.images.views import prepare_views
+
+    cut = lone(item.photo)
+    for size in sizes:
+        cut = prepare_views({"front": cut}, size=size, foreground="alpha").images[0].permute(1, 2, 0).numpy()
+    return cut
 
 
 def copied(front: np.ndarray) -> Panels:
