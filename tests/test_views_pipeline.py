@@ -63,6 +63,7 @@ def test_given_views_stay_what_they_are_and_the_others_are_added_at_their_scale(
     made = views_from_prompt(images={name: photo(name) for name in given}, model=model)
     names = tuple(name for name in VIEW_NAMES if name in given)
     assert made.generated == tuple(name for name in VIEW_NAMES if name not in given)
+    assert set(made.view_set.seen.names) == set(given) and len(made.view_set.generated) == 4 - len(given)
     (call,) = model.calls
     assert call["prompt"] == f". given: {', '.join(names)}."
     assert len(call["references"]) == len(given)

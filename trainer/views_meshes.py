@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from triptych.flux.backend import FluxViews
 
 ROWS = ("photo", "photo, lone", "photo + generated", "photo + generated, lone", "photo + true")
+_SIDES = dict(zip(VIEW_NAMES[1:], VIEW_AZIMUTHS_DEG[1:], strict=True))
 _WITHOUT_MODEL = ("photo", "photo, lone", "photo + true")
 
 Scores = dict[str, float]
@@ -63,7 +65,9 @@ class Meshes:
         views: dict[str, Callable[[], ViewSet]] = {
             "photo": lambda: rig_set(item.photo, {}),
             "photo, lone": lambda: prepare_views({"front": lone(item.photo)}, size=self.protocol.meshes["view_px"]),
-            "photo + generated": lambda: rig_set(item.photo, panels),
+            "photo + generated": lambda: replace(
+                rig_set(item.photo, panels), generated=tuple(a for n, a in _SIDES.items() if n in panels)
+            ),
             "photo + generated, lone": lambda: self._piped(item, model, seed),
             "photo + true": lambda: rig_set(item.photo, named(item.truth)),
         }

@@ -38,11 +38,13 @@ class ViewSet:
         pixels, so that bilinear samples near the edge do not darken.
     azimuths_deg: one per view in [0, 360): front 0, left (the subject's) 90, back 180, right 270.
     warnings: sentences for the user.
+    generated: azimuths of the views that a model drew.
     """
 
     images: torch.Tensor
     azimuths_deg: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+    generated: tuple[float, ...] = ()
 
     @classmethod
     def from_rig_renders(cls, rgba: torch.Tensor, azimuths_deg: Iterable[float]) -> ViewSet:
@@ -94,6 +96,12 @@ class ViewSet:
         """(V, S, S) float32, the alphas."""
         return self.images[:, 3]
 
+    @property
+    def seen(self) -> ViewSet:
+        """The views that were given: all but the generated ones, or all of a set where every view is generated."""
+        given = tuple(azimuth for azimuth in self.azimuths_deg if azimuth not in self.generated)
+        return self.subset(given) if given and self.generated else self
+
     def subset(self, names: Iterable[ViewKey]) -> ViewSet:
         """The views of these names or azimuths, unchanged: the scale stays that of the whole set.
 
@@ -105,7 +113,9 @@ class ViewSet:
         if missing:
             raise TriptychError(f"the set has no {', '.join(missing)} view; it has {', '.join(self.names)}")
         rows = [i for i, azimuth in enumerate(self.azimuths_deg) if azimuth in wanted]
-        return replace(self, images=self.images[rows], azimuths_deg=tuple(self.azimuths_deg[i] for i in rows))
+        kept = tuple(self.azimuths_deg[i] for i in rows)
+        generated = tuple(azimuth for azimuth in self.generated if azimuth in kept)
+        return replace(self, images=self.images[rows], azimuths_deg=kept, generated=generated)
 
 
 def azimuth_of(key: ViewKey) -> float:

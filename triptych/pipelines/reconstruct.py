@@ -155,11 +155,16 @@ def _structure(
     preview: Preview | None,
     cancel: Cancel | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """``structure_from_views``'s field, and what the outlines allow of it, which is None where they are not kept."""
+    """``structure_from_views``'s field, and what the outlines allow of it, which is None where they are not kept.
+
+    What a model drew is an opinion: it cuts nothing away, and every second pose is reconstructed from the given views
+    alone.
+    """
     flow, decoder = networks(bundle)
     flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
-    posed = _posed(_resize(views.images, flow.image_size).to(device), views.cameras, poses)
+    sets = [views if number % 2 == 0 else views.seen for number in range(len(poses))]
+    posed = _posed([(_resize(one.images, flow.image_size).to(device), one.cameras) for one in sets], poses)
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)
@@ -191,7 +196,7 @@ def _structure(
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
     field, hull = np.mean(upright, axis=0), None
     if settings.keep_silhouettes:
-        hull = _allowed(_resize(views.images, HULL_SIZE)[:, 3], views.cameras, len(field))
+        hull = _allowed(_resize(views.seen.images, HULL_SIZE)[:, 3], views.seen.cameras, len(field))
     return _settled(field, bundle, hull), hull
 
 
@@ -325,15 +330,15 @@ def _tidied(mesh: Mesh, smoothing: int, target_faces: int) -> Mesh:
     return mesh
 
 
-def _posed(images: torch.Tensor, cameras: Sequence[Camera], poses: Sequence[tuple[int, bool]]) -> PosedViews:
-    """The views of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
+def _posed(sets: Sequence[tuple[torch.Tensor, list[Camera]]], poses: Sequence[tuple[int, bool]]) -> PosedViews:
+    """The views (V, 4, S, S) of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
     pictures, seen_from = [], []
-    for turns, mirror in poses:
+    for (images, cameras), (turns, mirror) in zip(sets, poses, strict=True):
         pictures.append(images.flip(-1) if mirror else images)
         for camera in cameras:
             azimuth = (-camera.azimuth_deg if mirror else camera.azimuth_deg) + 90.0 * turns
             seen_from.append(replace(camera, azimuth_deg=azimuth % 360))
-    return PosedViews(torch.cat(pictures), tuple(seen_from), (len(cameras),) * len(poses))
+    return PosedViews(torch.cat(pictures), tuple(seen_from), tuple(len(cameras) for _, cameras in sets))
 
 
 def _restore(volume: np.ndarray, turns: int, mirror: bool) -> np.ndarray:

@@ -325,5 +325,5 @@ def _result(
     views = dict(zip(view_set.names, images, strict=True))
     blank = np.zeros((view_set.size, view_set.size, 4), dtype=np.float32)
     sheet = join_sheet({name: views.get(name, blank) for name in VIEW_NAMES}).astype(np.float32)
-    whole = ViewSet(view_set.images, view_set.azimuths_deg, warnings)
+    whole = ViewSet(view_set.images, view_set.azimuths_deg, warnings, tuple(map(azimuth_of, generated)))
     return GeneratedViews(whole, sheet, views, generated, seed, rerolls, warnings, clock.seconds, drawn, prompt)
