@@ -12,7 +12,7 @@ callbacks and touch no files but the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -303,6 +303,7 @@ def put_together(
     if not pictures:
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
     view_set = prepare_views(dict(pictures.items()), size=size, foreground="alpha")
+    view_set = replace(view_set, generated=tuple(map(azimuth_of, drawn)))
     # The checks have spoken about the drawn panels, in words that fit them, and the given ones are prepared already.
     notes = [note for note in view_set.warnings if not any(note.startswith(f"the {name} view: ") for name in pictures)]
     if left_out:
@@ -325,5 +326,5 @@ def _result(
     views = dict(zip(view_set.names, images, strict=True))
     blank = np.zeros((view_set.size, view_set.size, 4), dtype=np.float32)
     sheet = join_sheet({name: views.get(name, blank) for name in VIEW_NAMES}).astype(np.float32)
-    whole = ViewSet(view_set.images, view_set.azimuths_deg, warnings, tuple(map(azimuth_of, generated)))
+    whole = replace(view_set, warnings=warnings)
     return GeneratedViews(whole, sheet, views, generated, seed, rerolls, warnings, clock.seconds, drawn, prompt)
