@@ -65,9 +65,15 @@ def flux_views_tiny() -> TrainConfig:
             cache=("sheets",),
             parts="flux-parts",
             thin_padding=8,
-            # A model of this size is best where nearly all is noise: few steps, each close to what is likely.
+            # A model of this size is best where nearly all is noise: few steps, each close to what is likely. From a
+            # photograph one step is best, so that the highest levels have to be seen too.
             shift=10.0,
+            logit_mean=0.7,
+            logit_std=1.5,
             sample_steps=3,
+            sample_guidance=5.0,
+            photo_steps=1,
+            photo_guidance=1.0,
             words_share=0.4,
             drop_references=0.0,
             drop_text=0.15,
