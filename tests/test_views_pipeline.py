@@ -13,7 +13,7 @@ from triptych.flux.card import read_card
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.sheets import split_sheet
 from triptych.images.views import prepare_views
-from triptych.pipelines.views import ViewSettings, views_from_prompt
+from triptych.pipelines.views import ViewSettings, in_mirrored_outline, views_from_prompt
 from triptych.sampling.flow_euler import Cancelled
 
 
@@ -88,6 +88,23 @@ def test_all_four_given_need_no_model():
     assert torch.equal(made.view_set.images, prepare_views(pictures, size=256).images)
     assert made.warnings == ("all four views are given, so nothing was generated and the prompt is not used",)
     assert views_from_prompt(images=pictures, model="/no/such/model").warnings == ()
+
+
+def test_a_drawn_view_takes_the_mirrored_outline_of_the_given_opposite_one():
+    back = truth(128)["back"]
+    worn = back.copy()
+    worn[60:] = 0  # the model forgot the lower half
+    filled = in_mirrored_outline(worn, truth(128)["front"])
+    assert np.array_equal(filled[..., 3], truth(128)["front"][:, ::-1, 3])
+    solid = worn[..., 3] > 0.5
+    assert np.array_equal(filled[solid, :3], worn[solid, :3]) and filled[70:90][back[70:90, :, 3] > 0.5, :3].max() > 0.1
+    nothing = np.zeros_like(back)
+    assert in_mirrored_outline(nothing, truth(128)["front"]) is nothing
+    made = views_from_prompt(images={"front": photo("front"), "left": photo("left")}, model=FakeViews())
+    assert np.array_equal(made.views["back"][..., 3], made.views["front"][:, ::-1, 3])
+    assert np.array_equal(made.views["right"][..., 3], made.views["left"][:, ::-1, 3])
+    lone = views_from_prompt(images={"front": photo("front")}, model=FakeViews())
+    assert not np.array_equal(lone.views["right"][..., 3], lone.views["left"][:, ::-1, 3])
 
 
 def test_azimuths_name_views_too_and_others_are_refused():

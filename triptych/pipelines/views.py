@@ -26,7 +26,7 @@ from ..flux.prompts import check_prompt, fill_template, require_prompt
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
 from ..images.sheets import flatten, join_sheet
-from ..images.views import ViewKey, ViewSet, azimuth_of, prepare_views, view_name
+from ..images.views import ViewKey, ViewSet, azimuth_of, bleed, prepare_views, view_name
 from ..sampling.flow_euler import Cancelled
 from .reconstruct import Cancel, Progress, _Clock
 
@@ -303,12 +303,37 @@ def put_together(
     if not pictures:
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
     view_set = prepare_views(dict(pictures.items()), size=size, foreground="alpha")
-    view_set = replace(view_set, generated=tuple(map(azimuth_of, drawn)))
+    view_set = _in_known_outlines(replace(view_set, generated=tuple(map(azimuth_of, drawn))))
     # The checks have spoken about the drawn panels, in words that fit them, and the given ones are prepared already.
     notes = [note for note in view_set.warnings if not any(note.startswith(f"the {name} view: ") for name in pictures)]
     if left_out:
         notes.append(f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it")
     return view_set, notes
+
+
+def _in_known_outlines(views: ViewSet) -> ViewSet:
+    """Drawn views that lie opposite to given ones take the mirrored outline of these."""
+    images = views.images.clone()
+    for row, azimuth in enumerate(views.azimuths_deg):
+        across = (azimuth + 180) % 360
+        if azimuth in views.generated and across in views.azimuths_deg and across not in views.generated:
+            drawn, other = (views.images[i].permute(1, 2, 0).numpy() for i in (row, views.azimuths_deg.index(across)))
+            images[row] = torch.from_numpy(in_mirrored_outline(drawn, other)).permute(2, 0, 1)
+    return replace(views, images=images)
+
+
+def in_mirrored_outline(drawn: np.ndarray, opposite: np.ndarray) -> np.ndarray:
+    """A drawn view with the outline that it must have: that of the opposite view, mirrored, as parallel rays leave it.
+
+    Both (S, S, 4) float32 at one scale. Where the drawing shows nothing its nearest colour goes on; an empty one stays.
+    """
+    if not (drawn[..., 3] > 0.5).any():
+        return drawn
+    firm = drawn.copy()
+    firm[..., 3] *= firm[..., 3] > 0.5
+    filled = bleed(firm)
+    filled[..., 3] = opposite[:, ::-1, 3]
+    return filled
 
 
 def _result(
