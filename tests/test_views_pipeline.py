@@ -13,7 +13,7 @@ from triptych.flux.card import read_card
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.sheets import split_sheet
 from triptych.images.views import prepare_views
-from triptych.pipelines.views import ViewSettings, in_mirrored_outline, views_from_prompt
+from triptych.pipelines.views import ViewSettings, in_known_colours, in_mirrored_outline, views_from_prompt
 from triptych.sampling.flow_euler import Cancelled
 
 
@@ -105,6 +105,22 @@ def test_a_drawn_view_takes_the_mirrored_outline_of_the_given_opposite_one():
     assert np.array_equal(made.views["right"][..., 3], made.views["left"][:, ::-1, 3])
     lone = views_from_prompt(images={"front": photo("front")}, model=FakeViews())
     assert not np.array_equal(lone.views["right"][..., 3], lone.views["left"][:, ::-1, 3])
+
+
+def test_drawn_colours_are_moved_as_the_given_view_shows():
+    """A model that mixes a fifth of magenta into everything it draws."""
+    views = {name: truth(96)[name].copy() for name in VIEW_NAMES}
+    tinted = {name: view.copy() for name, view in views.items()}
+    for view in tinted.values():
+        view[..., :3] = 0.8 * view[..., :3] + 0.2 * np.array([1.0, 0.0, 1.0])
+    mended = in_known_colours(tinted, {"front": views["front"]})
+    for name in ("left", "back", "right"):
+        solid = views[name][..., 3] > 0.9
+        before, after = (np.abs(x[name] - views[name])[solid].mean() for x in (tinted, mended))
+        assert after < 0.1 * before
+        assert np.array_equal(mended[name][..., 3], tinted[name][..., 3])
+    assert in_known_colours(tinted, {}) is tinted
+    assert in_known_colours({"left": tinted["left"]}, {"front": views["front"]})["left"] is tinted["left"]
 
 
 def test_azimuths_name_views_too_and_others_are_refused():

@@ -4,8 +4,9 @@ Each object's photograph (its front, cut out, filling the frame: what a user has
 seed, with the protocol's text and the model's own steps and guidance. The sheet's left, back and right are compared
 with the true ones. Beside the model stand what it has to beat and what it cannot beat:
 
-- model, fitted: its views moved and scaled so that their boxes have the true height and centre, and the back in the
-  mirrored outline of the photograph, as the pipeline does with a set; what is left when the unknown size is taken out;
+- model, fitted: its views moved and scaled so that their boxes have the true height and centre, their colours
+  as the photograph's own panel has to be changed, and the back in its mirrored outline, as the pipeline does with a
+  set; what is left when the unknown size is taken out;
 - photo copied: the photograph itself, in the true scale, as the left and right view, mirrored as the back;
 - photo copied, size unknown: the same with the photograph as the model sees it, filling its frame;
 - front copied: the same with the true front under the light of the true views, so that only the side is wrong;
@@ -167,9 +168,7 @@ def score_object(
     photo = resize_premultiplied(item.photo, size, size)
     methods: dict[str, Panels] = {
         "model": {name: resized(panel, size) for name, panel in panels.items()},
-        "model, fitted": in_outline_of(
-            photo, {name: fitted_view(resized(panels[name], size), truth[name]) for name in COMPARED}
-        ),
+        "model, fitted": fitted(photo, {name: resized(panel, size) for name, panel in panels.items()}, truth),
         "photo copied": copied(photo),
         "photo copied, size unknown": copied(resized(framed_photo(item, model.card.panel_size), size)),
         "front copied": copied(truth["front"]),
@@ -216,11 +215,13 @@ def resized(panel: np.ndarray, size: int) -> np.ndarray:
     return panel if panel.shape[0] == size else resize_premultiplied(np.ascontiguousarray(panel), size, size)
 
 
-def in_outline_of(photo: np.ndarray, panels: Panels) -> Panels:
-    """The back as the pipeline leaves it where the front is given."""
-    from triptych.pipelines.views import in_mirrored_outline
+def fitted(photo: np.ndarray, panels: Panels, truth: Panels) -> Panels:
+    """The compared panels as the pipeline leaves them where the front is given, at the true size."""
+    from triptych.pipelines.views import in_known_colours, in_mirrored_outline
 
-    return panels | {"back": in_mirrored_outline(panels["back"], photo)}
+    moved = in_known_colours(panels, {"front": photo})
+    views = {name: fitted_view(moved[name], truth[name]) for name in COMPARED}
+    return views | {"back": in_mirrored_outline(views["back"], photo)}
 
 
 def fitted_view(panel: np.ndarray, truth: np.ndarray) -> np.ndarray:

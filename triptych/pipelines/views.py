@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..flux.card import ViewsCard
 
 MAX_REROLLS = 100
+_GAINS = (0.8, 1.25)  # a blurred drawing has less contrast for that alone
 _SEEDS = 2**63
 _LOST_SHARE = 0.03
 
@@ -296,9 +297,10 @@ def put_together(
 
     Raises TriptychError when every panel is empty and nothing was given.
     """
+    known = {} if given is None else dict(zip(given.names, given.images.permute(0, 2, 3, 1).numpy(), strict=True))
+    panels = in_known_colours(panels, known)
     drawn = {name: panels[name] for name in missing if not is_empty(panels[name])}
     left_out = [name for name in missing if name not in drawn]
-    known = {} if given is None else dict(zip(given.names, given.images.permute(0, 2, 3, 1).numpy(), strict=True))
     pictures = {**drawn, **known}
     if not pictures:
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
@@ -309,6 +311,27 @@ def put_together(
     if left_out:
         notes.append(f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it")
     return view_set, notes
+
+
+def in_known_colours(panels: dict[str, np.ndarray], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Panels with the colours of the given pictures: moved and stretched, channel by channel, as the given views' own
+    panels have to be for their means and deviations to be the pictures'.
+
+    A model draws the given views too, so it shows how it changes colours: a small one mixes its background into all of
+    them. Panels and pictures are (S, S, 4) float32 sRGB 0-1 by name. Without a panel to compare they stay.
+    """
+    both = [name for name in known if name in panels and (panels[name][..., 3] > 0.5).any()]
+    if not both:
+        return panels
+    made, true = (
+        np.concatenate([views[name][views[name][..., 3] > 0.5][:, :3] for name in both]) for views in (panels, known)
+    )
+    gain = np.clip((true.std(axis=0) + 0.02) / (made.std(axis=0) + 0.02), *_GAINS)
+    moved = {}
+    for name, panel in panels.items():
+        colours = (panel[..., :3] - made.mean(axis=0)) * gain + true.mean(axis=0)
+        moved[name] = np.concatenate([colours.clip(0, 1), panel[..., 3:]], axis=-1).astype(np.float32)
+    return moved
 
 
 def _in_known_outlines(views: ViewSet) -> ViewSet:
