@@ -16,6 +16,7 @@ from triptych.pipelines.reconstruct import (
     Settings,
     _posed,
     _restore,
+    give_back,
     structure_from_views,
     surface_from_field,
 )
@@ -65,6 +66,12 @@ def test_surface_of_a_ball_is_round_and_whole():
     mesh = surface_from_field(np.maximum(field, crumb).astype(np.float32), target_faces=2000)
     radius = np.linalg.norm(mesh.vertices, axis=1)
     assert np.abs(radius - 0.3).max() < 0.3 / 64 and len(mesh.faces) <= 2000
+
+
+def test_giving_memory_back_works_on_every_system(monkeypatch):
+    give_back()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    give_back()
 
 
 def test_nothing_solid_is_a_sentence():
