@@ -373,27 +373,15 @@ def preview_graph(name):
     common = {"flags": {}, "mode": 0, "properties": {}}
     sockets = [{"name": each, "type": "TRIPTYCH_MESH", "link": link} for each, link in
                (("mesh", 1), ("compare_with", None))]  # fmt: skip
-    load = {
-        "id": 1,
-        "type": "Triptych_LoadMesh",
-        "pos": [60, 120],
-        "size": [300, 110],
-        "order": 0,
-        "inputs": [],
-        "outputs": [{"name": "mesh", "type": "TRIPTYCH_MESH", "links": [1]}],
-        "widgets_values": [name, False],
-    }
-    show = {
-        "id": 2,
-        "type": "Triptych_Preview3D",
-        "pos": [420, 120],
-        "size": [420, 480],
-        "order": 1,
-        "inputs": sockets,
-        "outputs": [],
-        "widgets_values": [],
-    }
-    return {"last_node_id": 2, "last_link_id": 1, "version": 0.4, "nodes": [load | common, show | common],
+
+    def node(number, kind, pos, size, inputs, outputs, values):
+        return {"id": number, "type": f"Triptych_{kind}", "pos": pos, "size": size, "order": number - 1,
+                "inputs": inputs, "outputs": outputs, "widgets_values": values, **common}  # fmt: skip
+
+    mesh = {"name": "mesh", "type": "TRIPTYCH_MESH", "links": [1]}
+    load = node(1, "LoadMesh", [60, 120], [300, 110], [], [mesh], [name, False])
+    show = node(2, "Preview3D", [420, 120], [420, 480], sockets, [], [])
+    return {"last_node_id": 2, "last_link_id": 1, "version": 0.4, "nodes": [load, show],
             "links": [[1, 1, 0, 2, 0, "TRIPTYCH_MESH"]]}  # fmt: skip
 
 

@@ -150,13 +150,9 @@ def sheet_panels(
     from triptych.flux.panels import cut_sheet
     from triptych.flux.prompts import fill_template
 
-    card = model.card
-    steps, guidance = card.usual(bool(references))
-    steps = steps if protocol.steps is None else protocol.steps
-    guidance = guidance if protocol.guidance is None else protocol.guidance
-    prompt = fill_template(card, text, given)
-    sheet = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance)
-    return cut_sheet(sheet, card)
+    prompt = fill_template(model.card, text, given)
+    sheet = model.sheet(prompt, references, seed=seed, steps=protocol.steps, guidance=protocol.guidance)
+    return cut_sheet(sheet, model.card)
 
 
 def score_object(

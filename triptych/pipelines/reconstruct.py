@@ -165,8 +165,8 @@ def _structure(
     flow, decoder = networks(bundle)
     flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
-    sets = [views if number % 2 == 0 else views.seen for number in range(len(poses))]
-    posed = _posed([(_resize(one.images, flow.image_size).to(device), one.cameras) for one in sets], poses)
+    every, given = ((_resize(one.images, flow.image_size).to(device), one.cameras) for one in (views, views.seen))
+    posed = _posed([(every, given)[number % 2] for number in range(len(poses))], poses)
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)

@@ -220,9 +220,6 @@ def _draw(
 ) -> list[_Attempt]:
     """Sheets until one is without fault, 1 + rerolls at most."""
     card = model.card
-    steps, guidance = card.usual(bool(references))
-    steps = steps if settings.steps is None else settings.steps
-    guidance = guidance if settings.guidance is None else settings.guidance
     attempts: list[_Attempt] = []
     for roll in range(settings.rerolls + 1):
         # Most sheets are well at once, so the first takes most of the bar.
@@ -238,7 +235,9 @@ def _draw(
         if clock.cancel():
             raise Cancelled("stopped before a sheet of views was drawn")
         seed = (settings.seed + roll) % _SEEDS
-        drawn = model.sheet(prompt, references, seed=seed, steps=steps, guidance=guidance, on_step=on_step)
+        drawn = model.sheet(
+            prompt, references, seed=seed, steps=settings.steps, guidance=settings.guidance, on_step=on_step
+        )
         sheet = drawn.detach().to("cpu", torch.float32)
         panels = cut_sheet(sheet, card)
         attempts.append(_Attempt(seed, sheet, panels, check_views(panels, missing)))
