@@ -64,7 +64,9 @@ class FakeViews(FluxViews):
         self.calls: list[dict] = []
         self.unloaded = 0
 
-    def sheet(self, prompt, references, *, seed, steps, guidance, negative="", on_step=None):
+    def sheet(self, prompt, references, *, seed, steps=None, guidance=None, negative="", on_step=None):
+        usual = self.card.usual(bool(references))
+        steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
         self.calls.append({"prompt": prompt, "references": references, "seed": seed, "steps": steps,
                            "guidance": guidance})  # fmt: skip
         views = dict(truth(self.card.panel_size))

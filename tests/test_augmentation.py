@@ -5,7 +5,16 @@ import pytest
 import torch
 import trimesh
 
-from trainer.data import draw_recolouring, mirrored, quarter_turn, relight, soft_occupancy
+from trainer.data import (
+    draw_recolouring,
+    mirrored,
+    quarter_turn,
+    relight,
+    rescaled,
+    soft_occupancy,
+    symmetric_sample,
+    view_order,
+)
 from trainer.prepare.build import SDF_BAND, BuildOptions, _sample, turned
 from trainer.tasks.slat_flow import recoloured
 from trainer.tasks.structure_flow import camera_normals, normal_error
@@ -149,3 +158,28 @@ def test_soft_occupancy_is_a_sigmoid_of_the_distance():
     assert soft[0] == 1 and soft[-1] == 0 and soft[127] == 0.5
     torch.testing.assert_close(torch.logit(soft[1:-1].double()).float(), -distance[1:-1] / 0.4, atol=1e-3, rtol=1e-3)
     assert (soft[1:] < soft[:-1]).all()
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_order_of_views_is_that_of_the_symmetry(sample, number):
+    """A mirror image flips every picture too, so the views are told apart by their number alone."""
+    numbered = sample | {"albedo": np.broadcast_to(np.arange(4, dtype=np.uint8)[:, None, None, None], (4, 2, 2, 4))}
+    assert symmetric_sample(numbered, number)["albedo"][:, 0, 0, 0].tolist() == view_order(number).tolist()
+
+
+def test_a_rescaled_field_is_that_of_the_rescaled_object():
+    centres = np.stack(np.meshgrid(*[(np.arange(64) + 0.5) / 64 - 0.5] * 3, indexing="ij"), -1)
+
+    def ball(radius, middle):
+        distance = (np.linalg.norm(centres - middle, axis=-1) - radius) * 64 / SDF_BAND
+        return (distance.clip(-1, 1) * 127).astype(np.int8)
+
+    one = ball(0.2, (0.05, 0.1, -0.15))
+    assert rescaled(one, 1.001) is one
+    for scale in (0.6, 1.5):
+        made, true = rescaled(one, scale), ball(0.2 * scale, scale * np.array([0.05, 0.1, -0.15]))
+        near = np.abs(true.astype(int)) < 100
+        assert np.abs(made.astype(int) - true)[near].mean() * SDF_BAND / 127 < 0.15, "voxels"
+        assert ((made < 0) != (true < 0)).mean() < 0.002
+    cut = rescaled(one, 3.0) < 0
+    assert cut[1:-1, 1:-1, 1:-1].any() and cut.sum() == cut[1:-1, 1:-1, 1:-1].sum(), "closed inside of the cube"

@@ -126,7 +126,9 @@ class Painter:
     def notes(self, *, guidance, references):
         return (f"painter ignores the guidance {guidance:g}",) if guidance else ()
 
-    def sheet(self, prompt, references, *, seed, steps, guidance, negative="", on_step=None):
+    def sheet(self, prompt, references, *, seed, steps=None, guidance=None, negative="", on_step=None):
+        usual = self.card.usual(bool(references))
+        steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
         self.calls.append(
             SimpleNamespace(prompt=prompt, references=references, seed=seed, steps=steps, guidance=guidance)
         )

@@ -140,6 +140,9 @@ def test_views_of_different_height_are_named_with_their_heights():
     )
     views["back"] = disc(radius=44)
     assert check_views(views) == []
+    flat = {name: disc(radius=50) * (abs(np.arange(128) - 63.5) < 6)[:, None, None] for name in VIEW_NAMES}
+    flat["left"] = disc(radius=50) * (abs(np.arange(128) - 63.5) < 4)[:, None, None]
+    assert check_views(flat) == [], "two pixels of something flat are a third of its height"
 
 
 def test_a_sheet_of_wrong_shape_or_with_undefined_values():

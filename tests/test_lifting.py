@@ -7,15 +7,17 @@ from triptych.geometry.cameras import Camera, rig_cameras
 from triptych.models.lifting import LiftedStructureFlow, PosedViews, block_points
 
 RIG = rig_cameras()
+CONFIG = {
+    "resolution": 8, "in_channels": 4, "out_channels": 4, "model_channels": 48, "cond_channels": 48, "num_blocks": 2,
+    "num_heads": 4, "patch_size": 2, "share_mod": True, "image_size": 64, "encoder_channels": (16, 24),
+    "encoder_blocks": (1, 1),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def flow() -> LiftedStructureFlow:
     torch.manual_seed(0)
-    model = LiftedStructureFlow(
-        resolution=8, in_channels=4, out_channels=4, model_channels=48, cond_channels=48, num_blocks=2, num_heads=4,
-        patch_size=2, share_mod=True, image_size=64, encoder_channels=(16, 24), encoder_blocks=(1, 1),
-    )  # fmt: skip
+    model = LiftedStructureFlow(**CONFIG)
     for parameter in model.parameters():  # also those that start at zero, or nothing would reach the output
         torch.nn.init.normal_(parameter, std=0.1)
     model.set_latent_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.full((4,), 2.0), torch.ones(4))
@@ -51,6 +53,41 @@ def test_a_batch_equals_its_samples_alone(flow):
         velocity(flow, PosedViews(second, cameras[3:], (1,)), noise[1:], 0.7),
     ]
     torch.testing.assert_close(both, torch.cat(alone), atol=2e-5, rtol=0)
+
+
+def test_a_drawn_view_is_marked_and_binds_no_outline(flow):
+    """In a flow that knows drawn views; one that does not takes them like others."""
+    noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = torch.cat([pictures(1, half=20), pictures(1, seed=1, half=6)])
+    given, marked = (PosedViews(images, (RIG[0], RIG[1]), (2,), drawn) for drawn in ((), (False, True)))
+    assert torch.equal(velocity(flow, marked, noise), velocity(flow, given, noise))
+    knows = LiftedStructureFlow(**CONFIG, drawn_views=True).eval().requires_grad_(False)
+    missing = knows.load_state_dict(flow.state_dict(), strict=False)
+    assert set(missing.missing_keys) == {"drawn_pairs", "drawn_tokens"} and not missing.unexpected_keys
+    assert torch.equal(velocity(knows, given, noise), velocity(flow, given, noise))
+    front = flow.condition(PosedViews(images[:1], (RIG[0],), (1,)))
+    cond = knows.condition(marked)
+    assert torch.equal(cond.active, front.active) and torch.equal(cond.hull_TD, front.hull_TD)
+    assert cond.active.sum() > flow.condition(given).active.sum()
+    unmarked = velocity(knows, marked, noise)
+    knows.drawn_pairs.fill_(0.5)
+    by_pairs = velocity(knows, marked, noise)
+    knows.drawn_tokens.fill_(0.5)
+    assert not torch.equal(by_pairs, unmarked) and not torch.equal(velocity(knows, marked, noise), by_pairs)
+
+
+def test_where_all_views_are_drawn_their_outlines_bind():
+    knows = LiftedStructureFlow(**CONFIG, drawn_views=True).eval().requires_grad_(False)
+    images = torch.cat([pictures(1, half=20), pictures(1, seed=1, half=6)])
+    cameras = (RIG[0], RIG[1], RIG[0], RIG[1])
+    both = knows.condition(PosedViews(torch.cat([images, images]), cameras, (2, 2), (True, True, False, True)))
+    alone = knows.condition(PosedViews(images, cameras[:2], (2,)))
+    assert torch.equal(both.active[0], alone.active[0]) and both.active[1].sum() > both.active[0].sum()
+
+
+def test_marks_are_one_for_each_view():
+    with pytest.raises(ValueError, match="drawn says of 1 views what made them, there are 2"):
+        PosedViews(pictures(2), (RIG[0], RIG[1]), (2,), (True,))
 
 
 def test_every_view_tells(flow):

@@ -11,6 +11,7 @@ from triptych.errors import TriptychError
 from triptych.geometry.cameras import rig_cameras
 from triptych.geometry.voxels import visual_hull, voxel_centers
 from triptych.images.views import ViewSet
+from triptych.models.lifting import PosedViews
 from triptych.pipelines.reconstruct import (
     POSES,
     Settings,
@@ -31,7 +32,7 @@ def test_poses_are_undone_exactly(pose):
     drawn = render_views(sample_object(), cameras, 96)
     views = ViewSet.from_rig_renders(torch.cat([drawn.albedo, drawn.alpha], dim=1), [c.azimuth_deg for c in cameras])
     straight = visual_hull(views.masks, views.cameras, 32)
-    posed = _posed([(views.images, views.cameras)], [pose])
+    posed = _posed([PosedViews(views.images, tuple(views.cameras), (3,))], [pose])
     there = visual_hull(posed.images[:, 3], list(posed.cameras), 32)
     np.testing.assert_allclose(_restore(there.numpy(), *pose), straight.numpy(), atol=2e-3)
     if pose != (0, False):

@@ -11,9 +11,17 @@ from PIL import Image, ImageDraw
 from triptych.errors import TriptychError
 from triptych.flux.card import read_card
 from triptych.geometry.cameras import VIEW_NAMES
+from triptych.images.foreground import alpha_box
 from triptych.images.sheets import split_sheet
 from triptych.images.views import prepare_views
-from triptych.pipelines.views import ViewSettings, in_known_colours, in_mirrored_outline, views_from_prompt
+from triptych.pipelines.views import (
+    ViewSettings,
+    in_known_colours,
+    in_mirrored_outline,
+    in_sheet_scale,
+    put_together,
+    views_from_prompt,
+)
 from triptych.sampling.flow_euler import Cancelled
 
 
@@ -105,6 +113,26 @@ def test_a_drawn_view_takes_the_mirrored_outline_of_the_given_opposite_one():
     assert np.array_equal(made.views["right"][..., 3], made.views["left"][:, ::-1, 3])
     lone = views_from_prompt(images={"front": photo("front")}, model=FakeViews())
     assert not np.array_equal(lone.views["right"][..., 3], lone.views["left"][:, ::-1, 3])
+
+
+def test_drawn_views_keep_the_scale_that_the_given_ones_panel_shows():
+    """A flat object whose side is drawn a third too high: by its height the side would shrink by a quarter."""
+
+    def slab(width, height):
+        view = np.zeros((128, 128, 4), dtype=np.float32)
+        view[64 - height // 2 : 64 + height // 2, 64 - width // 2 : 64 + width // 2] = (0.5, 0.5, 0.5, 1.0)
+        return view
+
+    known = {"front": slab(108, 12)}
+    panels = {"front": slab(54, 6), "left": slab(30, 8), "back": slab(54, 6), "right": slab(30, 8)}
+    heights = in_sheet_scale(panels, known, ("left", "right"))
+    assert heights == pytest.approx({"front": 12, "left": 16, "right": 16})
+    assert in_sheet_scale(panels | {"front": blank(known["front"])}, known, ("left",)) is None
+    assert in_sheet_scale(panels, {}, ("front", "left")) == {"front": 6, "left": 8}
+    given = prepare_views(known, size=128)
+    made, _ = put_together(given, panels, ("left", "back", "right"), 128)
+    widths = [box[2] - box[0] for box in (alpha_box(image[3].numpy()) for image in made.images)]
+    assert widths == pytest.approx([108.8, 60.4, 108.8, 60.4], abs=1.5)
 
 
 def test_drawn_colours_are_moved_as_the_given_view_shows():

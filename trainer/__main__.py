@@ -1,5 +1,5 @@
-"""python -m trainer COMMAND: prepare, structure, predict, latents, primitives, sheets, plan, train, resume, evaluate,
-export, join.
+"""python -m trainer COMMAND: prepare, structure, predict, drawn, latents, primitives, sheets, plan, train, resume,
+evaluate, export, join.
 
 Exit codes: 0 when the run finished, stopped early, or was interrupted by Ctrl-C or SIGTERM and saved; 1 for an error
 (one sentence on stderr); 2 for wrong arguments; 130 when a second Ctrl-C, or one before training began, cut it short.
@@ -130,6 +130,12 @@ def _predict(args: argparse.Namespace) -> int:
     return predict(args)
 
 
+def _drawn(args: argparse.Namespace) -> int:
+    from trainer.prepare.drawn import main as drawn
+
+    return drawn(args)
+
+
 def _latents(args: argparse.Namespace) -> int:
     from trainer.prepare.latents import main as latents
 
@@ -201,6 +207,13 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         from trainer.prepare.predicted import add_arguments as add_predict_arguments
 
         add_predict_arguments(predict)
+
+    drawn = commands.add_parser("drawn", help="add what a views model draws of the prepared objects' photographs")
+    drawn.set_defaults(command=_drawn)
+    if "drawn" in arguments[:1]:
+        from trainer.prepare.drawn import add_arguments as add_drawn_arguments
+
+        add_drawn_arguments(drawn)
 
     latents = commands.add_parser("latents", help="encode prepared objects for training at the published shape")
     latents.set_defaults(command=_latents)

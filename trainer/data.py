@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera, rig_cameras
 from triptych.geometry.voxels import turn_volume
 from triptych.models.lifting import PosedViews
+
+DRAWN = "drawn"  # the folder
 
 
 class PreparedData:
@@ -78,9 +81,48 @@ class JoinedData:
         part, own = self._locate(index)
         return part[own]
 
+    def place(self, index: int) -> tuple[str, int]:
+        """Shard and row of an object of the first folder; an empty name for those of the others."""
+        part, own = self._locate(index)
+        return part.rows[own][:2] if part is self.parts[0] else ("", own)
+
     def field(self, index: int) -> np.ndarray:
         part, own = self._locate(index)
         return part.field(own)
+
+
+class DrawnSets:
+    """The sets that a views model drew of a prepared folder's objects (prepare/drawn.py), by shard and row."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder) / DRAWN
+        self.places: dict[tuple[str, int], list[int]] = {}
+        for file in sorted(self.folder.glob("shard_*.safetensors")):
+            with safe_open(str(file), framework="numpy") as handle:
+                for place, row in enumerate(handle.get_tensor("rows").tolist()):
+                    self.places.setdefault((file.stem, row), []).append(place)
+        if not self.places:
+            raise TriptychError(f"{folder} has no drawn sets: run `python -m trainer drawn {folder} --model ...` first")
+
+    def count(self, shard: str, row: int) -> int:
+        return len(self.places.get((shard, row), ()))
+
+    def get(self, shard: str, row: int, number: int, *, whole: bool) -> dict[str, Any]:
+        """Set ``number`` of a row. whole: all four views as they were drawn, none given.
+
+        views (4, P, P, 4) uint8, shown and given (4,) bool, scale float, symmetry int.
+        """
+        place, k = self.places[shard, row][number], int(whole)
+        handle = _open(str(self.folder / f"{shard}.safetensors"))
+        read = {key: handle.get_slice(key) for key in ("views", "shown", "given", "scale", "symmetry")}
+        given = read["given"][place]
+        return {
+            "views": read["views"][place, k],
+            "shown": read["shown"][place, k],
+            "given": np.zeros_like(given) if whole else given,
+            "scale": float(read["scale"][place, k]),
+            "symmetry": int(read["symmetry"][place]),
+        }
 
 
 @lru_cache(maxsize=1024)
@@ -117,12 +159,37 @@ def symmetric_sample(sample: dict[str, np.ndarray], number: int) -> dict[str, np
     return mirrored(turned) if number >= 4 else turned
 
 
+def view_order(number: int) -> np.ndarray:
+    """Which of the rig's views ``symmetric_sample`` puts first, second, third and fourth: (4,) int."""
+    order = np.roll(np.arange(4), number % 4)
+    return order[[0, 3, 2, 1]] if number >= 4 else order
+
+
+def rescaled(sdf: np.ndarray, scale: float) -> np.ndarray:
+    """A signed distance field (R, R, R) int8, negative inside, of the object made ``scale`` times as large about the
+    centre of the cube. What grows out of the cube is cut off inside of it, so that the surface stays closed."""
+    if abs(scale - 1) < 0.5 / len(sdf):
+        return sdf
+    line = ((torch.arange(len(sdf)) + 0.5) / len(sdf) * 2 - 1) / scale
+    places = torch.stack(
+        torch.meshgrid(line, line, line, indexing="ij")[::-1], dim=-1
+    )  # sampled as x, y, z of an image
+    inside = 127 - torch.from_numpy(np.ascontiguousarray(sdf)).float()  # 0 where nothing is
+    found = 127 - F.grid_sample(inside[None, None], places[None], align_corners=False)[0, 0]
+    found = torch.where(found.abs() < 127, found * scale, found)
+    border = torch.full_like(found, 32.0)
+    border[1:-1, 1:-1, 1:-1] = -127
+    return torch.maximum(found, border).clamp(-127, 127).round().to(torch.int8).numpy()
+
+
 def posed_views(batch: dict[str, Any], device: torch.device) -> PosedViews:
-    """A batch's ``images`` (N, 4, S, S) uint8, seen from the rig's ``views`` (N,), ``counts`` (B,) a sample."""
+    """A batch's ``images`` (N, 4, S, S) uint8, seen from the rig's ``views`` (N,), ``counts`` (B,) a sample, and which
+    of them were ``drawn`` (N,), where it says so."""
     return PosedViews(
         images=batch["images"].to(device).float() / 255,
         cameras=tuple(_RIG[i] for i in batch["views"].tolist()),
         counts=tuple(batch["counts"].tolist()),
+        drawn=tuple(batch["drawn"].tolist()) if "drawn" in batch else (),
     )
 
 

@@ -262,7 +262,7 @@ def draw_sheet(
         sample = sample | {"albedo": recoloured(sample["albedo"], recolouring)}
     colours = colour_words(sample["albedo"])
     captions = [caption(record, colours, generator) for _ in range(options.captions)]
-    given = _draw_given(generator, options.lone_photo, np.any(sample["albedo"][..., 3], axis=(1, 2)))
+    given = draw_given(generator, options.lone_photo, np.any(sample["albedo"][..., 3], axis=(1, 2)))
     sheet = grid(on_background(canonical_shade(sample["albedo"], sample["normal"]), options.background))
     if photos is not None and options.photos and generator.random() < options.photos:
         photos = symmetric_photos(photos, symmetry)
@@ -286,7 +286,7 @@ def draw_sheet(
     return SheetSample(sheet, references, said)
 
 
-def _draw_given(generator: np.random.Generator, lone_photo: float, seen: np.ndarray) -> list[int]:
+def draw_given(generator: np.random.Generator, lone_photo: float, seen: np.ndarray) -> list[int]:
     """Views that are given; one that shows nothing (a blade seen from its edge) is no photograph."""
     views = [view for view in range(4) if seen[view]]
     if generator.random() < lone_photo and seen[0]:

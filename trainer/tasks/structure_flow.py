@@ -5,8 +5,10 @@ field, 64^3 voxels in blocks of 8^3: the mean of what is possible is then a fiel
 mean of latents decodes to nothing in particular. docs/reconstruction.md has the numbers behind that choice.
 
 Each sample draws its views (any subset of the rig), light and colours, one of eight symmetries, a noise level and the
-noise from its own seed. A latent is encoded in the step: with the tiny encoder that costs a quarter of it, and it
-makes all symmetries available without a cache eight times the size of the data.
+noise from its own seed. Where a views model has drawn the objects' other views (`trainer drawn`), a share of the
+samples are such sets, with the drawn views marked: the flow learns how far to believe them. A latent is encoded in the
+step: with the tiny encoder that costs a quarter of it, and it makes all symmetries available without a cache eight
+times the size of the data.
 """
 
 from __future__ import annotations
@@ -21,7 +23,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data import JoinedData, PreparedData, mirrored, posed_views, quarter_turn, relight, soft_occupancy
+from trainer.data import (
+    DrawnSets,
+    JoinedData,
+    PreparedData,
+    mirrored,
+    posed_views,
+    quarter_turn,
+    relight,
+    rescaled,
+    soft_occupancy,
+    symmetric_sample,
+    view_order,
+)
 from trainer.tasks.structure_vae import field_sheet, solid_iou
 from triptych.bundles.bundle import load_bundle
 from triptych.errors import TriptychError
@@ -37,7 +51,9 @@ _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 class StructureFlowConfig:
     """data: a prepared folder. extra_data: further ones to train on; validation stays with the first. vae: folder that
     the structure_vae task exported, None for the field. view_shares: how often a sample has 1, 2, 3 and 4 views.
-    drop_condition: share of samples without pictures, for guidance. normal_weight: of the loss of the view encoder's
+    drop_condition: share of samples without pictures, for guidance. drawn_share: of the samples of rows that have drawn
+    sets, how many take one; 0 for a flow that knows no drawn views. drawn_whole: of these, how many have no given view.
+    normal_weight: of the loss of the view encoder's
     surface directions, 0 for an encoder without them."""
 
     data: str
@@ -52,6 +68,8 @@ class StructureFlowConfig:
     encoder_blocks: tuple[int, int] = (2, 2)
     view_shares: tuple[float, float, float, float] = (0.25, 0.2, 0.15, 0.4)
     drop_condition: float = 0.05
+    drawn_share: float = 0.0
+    drawn_whole: float = 0.2
     time_mean: float = 7.0  # of the logit; many voxels tell of the whole through much noise (latents: 1 and 1)
     time_std: float = 2.0
     min_weight_time: float = 0.3  # the velocity loss weighs a latent's error by 1 / t^2, from this time up
@@ -100,6 +118,7 @@ class StructureFlowTask:
             "encoder_blocks": list(config.encoder_blocks),
             "hull_skip": not config.vae and resolution == 64,
             "normal_head": config.normal_weight > 0,
+            "drawn_views": config.drawn_share > 0,
         }
 
     def build_model(self) -> nn.Module:
@@ -146,6 +165,7 @@ class StructureFlowTask:
                 f"{self.config.image_size}: prepare with --view-size {self.config.image_size}"
             )
         self.band = float(self.data.options["sdf_band"])
+        self.drawn = DrawnSets(self.config.data) if self.config.drawn_share else None
 
     # ---- data
 
@@ -154,30 +174,61 @@ class StructureFlowTask:
 
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         generator = np.random.default_rng(seed)
+        made = self._drawn_sample(index, generator) or self._true_sample(index, generator)
+        time = logit_normal_times(
+            torch.tensor(generator.standard_normal(), dtype=torch.float32), self.config.time_mean, self.config.time_std
+        )
+        return made | {
+            "noise": torch.from_numpy(generator.standard_normal(self.latent_shape, dtype=np.float32)),
+            "time": time,
+            "drop": torch.tensor(bool(generator.random() < self.config.drop_condition)),
+        }
+
+    def _true_sample(self, index: int, generator: np.random.Generator) -> dict[str, Any]:
+        """Views as they are, under a random light."""
         item = quarter_turn(self.data[index], int(generator.integers(4)))
         if generator.random() < 0.5:
             item = mirrored(item)
         count = 1 + int(generator.choice(4, p=np.array(self.config.view_shares) / sum(self.config.view_shares)))
         views = np.sort(generator.permutation(4)[:count])
         pictures = relight(item["albedo"], item["normal"], generator, views.tolist())
-        time = logit_normal_times(
-            torch.tensor(generator.standard_normal(), dtype=torch.float32), self.config.time_mean, self.config.time_std
-        )
         return {
             "images": (pictures * 255 + 0.5).to(torch.uint8),
             "views": torch.from_numpy(views),
+            "drawn": torch.zeros(count, dtype=torch.bool),
             "normals": camera_normals(item["normal"], item["albedo"][..., 3], views.tolist()),
             "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
-            "noise": torch.from_numpy(generator.standard_normal(self.latent_shape, dtype=np.float32)),
-            "time": time,
-            "drop": torch.tensor(bool(generator.random() < self.config.drop_condition)),
+        }
+
+    def _drawn_sample(self, index: int, generator: np.random.Generator) -> dict[str, Any] | None:
+        """Views as a model drew them beside the given ones, in the scale of their set; None where there are none, and
+        when the sample is to have true views."""
+        shard, row = self.data.place(index) if self.drawn else ("", 0)
+        if not self.drawn or not self.drawn.count(shard, row) or generator.random() >= self.config.drawn_share:
+            return None
+        number = int(generator.integers(self.drawn.count(shard, row)))
+        found = self.drawn.get(shard, row, number, whole=bool(generator.random() < self.config.drawn_whole))
+        field = symmetric_sample(self.data[index], found["symmetry"])["sdf"]
+        item = {"albedo": found["views"], "sdf": rescaled(field, found["scale"])}
+        item["normal"] = np.zeros((*item["albedo"].shape[:3], 3), dtype=np.uint8)
+        symmetry = int(generator.integers(8))
+        item, order = symmetric_sample(item, symmetry), view_order(symmetry)
+        views = np.flatnonzero(found["shown"][order])
+        pictures = torch.from_numpy(np.ascontiguousarray(item["albedo"][views])).permute(0, 3, 1, 2).contiguous()
+        side = self.config.image_size // 4
+        return {
+            "images": pictures,
+            "views": torch.from_numpy(views),
+            "drawn": torch.from_numpy(~found["given"][order][views]),
+            "normals": torch.zeros(len(views), 4, side, side, dtype=torch.half),
+            "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
         }
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: torch.stack([s[key] for s in samples]) for key in ("sdf", "noise", "time", "drop")}
         batch["images"] = torch.cat([s["images"] for s in samples])
-        if "normals" in samples[0]:
-            batch["normals"] = torch.cat([s["normals"] for s in samples])
+        for key in {"normals", "drawn"} & set(samples[0]):
+            batch[key] = torch.cat([s[key] for s in samples])
         batch["views"] = torch.cat([s["views"] for s in samples])
         batch["counts"] = torch.tensor([len(s["views"]) for s in samples])
         return batch

@@ -31,6 +31,7 @@ SPECK_SHARE = 0.03  # of the largest part; smaller ones are the model's noise
 BODY_SHARE = 0.15  # of the largest part; two such parts far apart are two bodies
 BODY_GAP = 0.06  # of the panel's side
 HEIGHT_DISAGREEMENT = 0.15
+_HEIGHT_NOISE = 0.04  # of the panel's side: what is flat may differ by this much
 _KEYED = 0.5  # share of the key above which a pixel is background
 _UNKEYED = 0.1
 _HOLE_SHARE = 0.004  # of the silhouette; a look through the object is larger than that, and shows the pure key
@@ -84,7 +85,8 @@ def check_views(views: Mapping[str, np.ndarray], names: Iterable[str] = VIEW_NAM
     panels = {name: views[name] for name in names}
     complaints = [note for name, rgba in panels.items() for note in check_panel(rgba, f"the {name} panel")]
     heights = {name: _box_height(rgba) / len(rgba) for name, rgba in panels.items() if not is_empty(rgba)}
-    if heights and min(heights.values()) < (1 - HEIGHT_DISAGREEMENT) * max(heights.values()):
+    low, high = min(heights.values(), default=0.0), max(heights.values(), default=0.0)
+    if high - low > max(HEIGHT_DISAGREEMENT * high, _HEIGHT_NOISE):
         listed = ", ".join(f"{name} {height:.0%}" for name, height in heights.items())
         odd = _odd_one(heights)
         complaints.append(

@@ -8,6 +8,9 @@ direction it is seen from and its depth. Cross-attention to coarse image tokens 
 Tokens whose block no silhouette set allows are known to be empty: they are left out, and the rest is packed. With four
 views that leaves about a third of the tokens, so a step costs a third.
 
+A view may be drawn by a model. Its outline then rules nothing out, as long as other views were given, and its features
+carry a mark, so that a network trained on drawn views (``drawn_views``) learns how far to believe them.
+
 The network predicts the clean latent; its output is converted to the velocity that samplers integrate. It is trained
 mostly near t = 1, so a few steps are enough for well-posed inputs.
 
@@ -37,15 +40,19 @@ class PosedViews:
     """The views of a batch, one sample after the other.
 
     images: (N, 4, S, S) float, sRGB 0-1, straight alpha. cameras: N cameras. counts: views of each sample, all >= 1.
+    drawn: whether a model drew the view, N of them; empty says that none was drawn.
     """
 
     images: Tensor
     cameras: tuple[Camera, ...]
     counts: tuple[int, ...]
+    drawn: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.cameras) or sum(self.counts) != len(self.cameras) or min(self.counts) < 1:
             raise ValueError(f"{len(self.images)} images, {len(self.cameras)} cameras, counts {self.counts} disagree")
+        if self.drawn and len(self.drawn) != len(self.cameras):
+            raise ValueError(f"drawn says of {len(self.drawn)} views what made them, there are {len(self.cameras)}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
     encoder_channels, encoder_blocks: widths and residual blocks of the view encoder at stride 4 and 8.
     image_size: S of the views. Images of another size are a ValueError. hull_skip: for a flow on a field in blocks of
     8^3, the visual hull is added to the prediction: the network learns where the object is less than its hull.
+    drawn_views: views that a model drew are marked, and bind no outline; without it they are views like others.
     normal_head: the view encoder's features also say which way the surface faces. Only training asks: every pixel
     teaches shape from shading, long before the voxels do.
     """
@@ -176,6 +184,7 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         encoder_blocks: tuple[int, int] = (2, 2),
         hull_skip: bool = False,
         normal_head: bool = False,
+        drawn_views: bool = False,
         **flow,
     ) -> None:
         super().__init__(**flow)
@@ -188,6 +197,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         self.lift = Lift(8 * coarse, GEOMETRY, channels)
         self.view_geometry = nn.Linear(GEOMETRY, context)
         self.hull_layer = nn.Linear(depth, channels)
+        self.drawn_pairs = nn.Parameter(torch.zeros(channels)) if drawn_views else None
+        self.drawn_tokens = nn.Parameter(torch.zeros(context)) if drawn_views else None
         if hull_skip and (self.in_channels != 1 or self.patch_size != HULL_POINTS):
             raise ValueError(f"hull_skip needs a field in blocks of {HULL_POINTS}^3, not patches of {self.patch_size}")
         self.hull_gain = nn.Parameter(torch.tensor([0.5])) if hull_skip else None
@@ -239,33 +250,45 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         sample = torch.repeat_interleave(torch.arange(len(views.counts)), torch.tensor(views.counts))
         sample = sample.to(views.images.device)
         active, hull = self.hull_blocks(views, sample)
+        drawn = self._drawn(views)
         features, tokens = self.view_encoder(views.images)
         rotations = torch.stack([camera.rotation() for camera in views.cameras]).to(views.images.device)
-        lifted = self._lift(views, sample, active, features)
+        lifted = self._lift(views, sample, active, features, drawn)
         hull = hull * 2 - 1
         pose = self.view_geometry(torch.cat([rotations[:, 2], waves(rotations[:, 0])], dim=-1))
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
+        if self.drawn_tokens is not None:
+            context = context + torch.tensor(drawn, device=context.device)[:, None, None] * self.drawn_tokens
         lengths = tuple(active.sum(dim=1).tolist())
         context_lengths = tuple(count * context.shape[1] for count in views.counts)
         normals = None if self.normal_head is None else F.pixel_shuffle(self.normal_head(features), 2)
         return LiftedCondition(active, lengths, lifted, hull, context.flatten(0, 1)[None], context_lengths, normals)
 
+    @property
+    def reads_drawn_views(self) -> bool:
+        return self.drawn_tokens is not None
+
+    def _drawn(self, views: PosedViews) -> tuple[bool, ...]:
+        return views.drawn if views.drawn and self.reads_drawn_views else (False,) * len(views.cameras)
+
     @torch.no_grad()
     def hull_blocks(self, views: PosedViews, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The visual hull, block by block: (B, L) bool, the blocks that the slightly dilated silhouettes allow; and for
         those, (T, 512) float, at 8 x 8 x 8 points of each the least alpha over the sample's views (smoothed over
-        three pixels, so that it tells how far an outline is)."""
+        three pixels, so that it tells how far an outline is). Drawn views count where a sample has no others."""
         alpha = views.images[:, 3:].float()
         smooth = F.pad(F.avg_pool2d(alpha, 3, stride=1, padding=1).flatten(1), (0, 1))  # the last pixel: outside
         dilated = F.pad(F.max_pool2d(alpha, 9, stride=1, padding=4).flatten(1), (0, 1))
         reach = torch.ones(len(views.counts), *self.coarse_probe.shape[:2], device=alpha.device)
-        owners = sample.tolist()
-        for n, (camera, b) in enumerate(zip(views.cameras, owners, strict=True)):
+        owners, drawn = sample.tolist(), self._drawn(views)
+        has_given = {b for b, made in zip(owners, drawn, strict=True) if not made}
+        binding = [(n, views.cameras[n], b) for n, b in enumerate(owners) if not (drawn[n] and b in has_given)]
+        for n, camera, b in binding:
             reach[b] = torch.minimum(reach[b], dilated[n][self._pixels(camera, alpha.shape[-1], self.coarse_probe)])
         active = (reach > 0.5).any(dim=2)
         active[~active.any(dim=1)] = True  # contradictory silhouettes: trust none of them
         hulls = [torch.ones(int(count), HULL_POINTS**3, device=alpha.device) for count in active.sum(dim=1)]
-        for n, (camera, b) in enumerate(zip(views.cameras, owners, strict=True)):
+        for n, camera, b in binding:
             pixels = self._pixels(camera, alpha.shape[-1], self.fine_probe)
             hulls[b] = torch.minimum(hulls[b], smooth[n][pixels[active[b]]])
         return active, torch.cat(hulls)
@@ -282,22 +305,25 @@ class LiftedStructureFlow(SparseStructureFlowModel):
                 self._projections[key] = torch.where(outside, size * size, row * size + column)
         return self._projections[key]
 
-    def _lift(self, views: PosedViews, sample: Tensor, active: Tensor, features: Tensor) -> Tensor:
+    def _lift(
+        self, views: PosedViews, sample: Tensor, active: Tensor, features: Tensor, drawn: tuple[bool, ...]
+    ) -> Tensor:
         """Pairs of view and token, ordered by view; see Lift."""
         start = F.pad(active.sum(dim=1).cumsum(0), (1, 0)).tolist()
         blocks = [row.nonzero()[:, 0] for row in active]
-        groups: dict[Camera, list[int]] = {}
-        for n, camera in enumerate(views.cameras):
-            groups.setdefault(camera, []).append(n)
+        groups: dict[tuple[Camera, bool], list[int]] = {}
+        for n, key in enumerate(zip(views.cameras, drawn, strict=True)):
+            groups.setdefault(key, []).append(n)
         found, lookup, geometry, place, rows, offset = [], [], [], [], [], 0
-        for number, (camera, members) in enumerate(groups.items()):
+        for number, ((camera, is_drawn), members) in enumerate(groups.items()):
             patterns, pattern_of, seen_from = self._projection(camera)
             sampled = F.grid_sample(
                 features[members], patterns.to(features.dtype).expand(len(members), -1, -1, -1),
                 align_corners=False, padding_mode="border",
             )  # fmt: skip
             found.append(sampled.permute(0, 2, 3, 1).flatten(2).flatten(0, 1))
-            geometry.append(self.lift.from_geometry(seen_from))
+            mark = self.drawn_pairs if is_drawn and self.drawn_pairs is not None else 0.0
+            geometry.append(self.lift.from_geometry(seen_from) + mark)
             for k, n in enumerate(members):
                 b = int(sample[n])
                 lookup.append(pattern_of[blocks[b]] + (offset + k * len(patterns)))

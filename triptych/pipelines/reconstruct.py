@@ -159,14 +159,16 @@ def _structure(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """``structure_from_views``'s field, and what the outlines allow of it, which is None where they are not kept.
 
-    What a model drew is an opinion: it cuts nothing away, and every second pose is reconstructed from the given views
-    alone.
+    What a model drew is an opinion: it cuts nothing away. A flow that was not trained on drawn views obeys them, so
+    every second pose is reconstructed from the given views alone.
     """
     flow, decoder = networks(bundle)
     flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
-    every, given = ((_resize(one.images, flow.image_size).to(device), one.cameras) for one in (views, views.seen))
-    posed = _posed([(every, given)[number % 2] for number in range(len(poses))], poses)
+    every, given = (_network_views(one, flow.image_size, device) for one in (views, views.seen))
+    posed = _posed(
+        [given if number % 2 and not flow.reads_drawn_views else every for number in range(len(poses))], poses
+    )
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)
@@ -285,8 +287,7 @@ def latents_of(
             "choose a bundle with a LiftedSLatFlow, such as triptych-tiny"
         )
     flow = flow.to(device)
-    images = _resize(views.images, flow.image_size).to(device)
-    posed = PosedViews(images, tuple(views.cameras), (len(images),))
+    posed = _network_views(views, flow.image_size, device)
     low_precision = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=_has_fast_bfloat16(device))
     with torch.inference_mode(), low_precision:
         return latents_from_views(
@@ -332,15 +333,22 @@ def _tidied(mesh: Mesh, smoothing: int, target_faces: int) -> Mesh:
     return mesh
 
 
-def _posed(sets: Sequence[tuple[torch.Tensor, list[Camera]]], poses: Sequence[tuple[int, bool]]) -> PosedViews:
-    """The views (V, 4, S, S) of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
+def _network_views(views: ViewSet, size: int, device: torch.device | str) -> PosedViews:
+    """A view set as a network with views of ``size`` pixels takes it."""
+    drawn = tuple(azimuth in views.generated for azimuth in views.azimuths_deg)
+    return PosedViews(_resize(views.images, size).to(device), tuple(views.cameras), (views.count,), drawn)
+
+
+def _posed(sets: Sequence[PosedViews], poses: Sequence[tuple[int, bool]]) -> PosedViews:
+    """The views of the object in each pose: mirrored in x first, then turned by quarters about +Y."""
     pictures, seen_from = [], []
-    for (images, cameras), (turns, mirror) in zip(sets, poses, strict=True):
-        pictures.append(images.flip(-1) if mirror else images)
-        for camera in cameras:
+    for views, (turns, mirror) in zip(sets, poses, strict=True):
+        pictures.append(views.images.flip(-1) if mirror else views.images)
+        for camera in views.cameras:
             azimuth = (-camera.azimuth_deg if mirror else camera.azimuth_deg) + 90.0 * turns
             seen_from.append(replace(camera, azimuth_deg=azimuth % 360))
-    return PosedViews(torch.cat(pictures), tuple(seen_from), tuple(len(cameras) for _, cameras in sets))
+    counts = tuple(len(views.cameras) for views in sets)
+    return PosedViews(torch.cat(pictures), tuple(seen_from), counts, sum((views.drawn for views in sets), ()))
 
 
 def _restore(volume: np.ndarray, turns: int, mirror: bool) -> np.ndarray:

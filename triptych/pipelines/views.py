@@ -11,7 +11,7 @@ callbacks and touch no files but the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -25,6 +25,7 @@ from ..flux.panels import check_views, cut_sheet, grouped, is_empty, lost_in_key
 from ..flux.prompts import check_prompt, fill_template, require_prompt
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
+from ..images.foreground import alpha_box
 from ..images.sheets import flatten, join_sheet
 from ..images.views import ViewKey, ViewSet, azimuth_of, bleed, prepare_views, view_name
 from ..sampling.flow_euler import Cancelled
@@ -303,13 +304,43 @@ def put_together(
     pictures = {**drawn, **known}
     if not pictures:
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
-    view_set = prepare_views(dict(pictures.items()), size=size, foreground="alpha")
+    heights = in_sheet_scale(panels, known, list(drawn))
+    view_set = prepare_views(
+        dict(pictures.items()), size=size, foreground="alpha", heights=dict(heights.items()) if heights else None
+    )
     view_set = _in_known_outlines(replace(view_set, generated=tuple(map(azimuth_of, drawn))))
     # The checks have spoken about the drawn panels, in words that fit them, and the given ones are prepared already.
     notes = [note for note in view_set.warnings if not any(note.startswith(f"the {name} view: ") for name in pictures)]
     if left_out:
         notes.append(f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it")
     return view_set, notes
+
+
+def in_sheet_scale(
+    panels: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray], drawn: Sequence[str]
+) -> dict[str, float] | None:
+    """How high the object is in the known pictures (S, S, 4), which have one height, and in the ``drawn`` ones of the
+    panels (P, P, 4), in one unit.
+
+    A sheet has one scale, and the panels of the known views say which, by the diagonals of their outlines' boxes: the
+    height of something flat says little (on 128 objects that no model has seen, the drawn depth was wrong by .46 in the
+    logarithm, and by .53 when all heights were made equal). None where the known views were not drawn.
+    """
+    both = [name for name in known if name in panels and not is_empty(panels[name])]
+    if known and not both:
+        return None
+    unit = 1.0
+    if both:
+        true, made = (np.array([_box_sides(views[name]) for name in both]) for views in (known, panels))
+        unit = float(np.linalg.norm(true) / np.linalg.norm(made))
+    heights = {name: _box_sides(picture)[1] for name, picture in known.items()}
+    return heights | {name: unit * _box_sides(panels[name])[1] for name in drawn}
+
+
+def _box_sides(rgba: np.ndarray) -> tuple[float, float]:
+    """Width and height of an outline in pixels."""
+    left, top, right, bottom = alpha_box(rgba[..., 3])
+    return right - left, bottom - top
 
 
 def in_known_colours(panels: dict[str, np.ndarray], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
