@@ -11,13 +11,13 @@ from triptych.errors import TriptychError
 from triptych.geometry.cameras import rig_cameras
 from triptych.geometry.voxels import visual_hull, voxel_centers
 from triptych.images.views import ViewSet
+from triptych.memory import give_back
 from triptych.models.lifting import PosedViews
 from triptych.pipelines.reconstruct import (
     POSES,
     Settings,
     _posed,
     _restore,
-    give_back,
     structure_from_views,
     surface_from_field,
 )

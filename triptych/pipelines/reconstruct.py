@@ -11,10 +11,9 @@ given view's outline. Functions take progress and cancel callbacks and touch no 
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -31,6 +30,7 @@ from ..geometry.isosurface import isosurface
 from ..geometry.mesh import Mesh
 from ..geometry.voxels import hull_field, turn_volume
 from ..images.views import ViewSet
+from ..memory import give_back
 from ..models.lifting import LiftedStructureFlow, PosedViews
 from ..models.slat_decoder import SLatMeshDecoder
 from ..models.slat_lifting import LiftedSLatFlow
@@ -407,13 +407,6 @@ def _number(bundle: Bundle, key: str, default: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TriptychError(f"the bundle {bundle.name} has {key}={value!r} in its manifest: it must be a number")
     return float(value)
-
-
-def give_back() -> None:
-    """Returns freed memory to the system. The C library of Linux keeps it after large jobs in threads of their own, so
-    that a server seems to grow from job to job (14 jobs: 2,249 MiB, and 852 after this)."""
-    with suppress(OSError, AttributeError):  # another system, another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _Clock:
