@@ -12,7 +12,8 @@ import torch
 from scipy import ndimage
 
 from trainer import views_meshes
-from trainer.views_evaluation import LastSheet, evaluate_views, fitted_view
+from trainer.views_evaluation import LastSheet, evaluate_views
+from trainer.views_evaluation import fitted as fitted_views
 from trainer.views_metrics import PSNR_CAP_DB, fitted, hull_agreement, surface_scores, view_scores
 from trainer.views_tables import COMPARED, markdown
 from trainer.views_text import Known, colour_family, judged, ranked_nouns, rates, silhouettes_of
@@ -115,16 +116,24 @@ def test_one_scale_and_translation_are_taken_out_of_the_fitted_distance_and_noth
     assert surface_scores(deeper, truth, 4000, (0.02,))["fitted_chamfer"] > 0.02
 
 
-def test_a_fitted_view_has_the_true_height_and_centre() -> None:
-    found = np.zeros((64, 64, 4), np.float32)
-    found[10:50, 4:34] = (0.4, 0.4, 0.4, 1)
-    truth = np.zeros((64, 64, 4), np.float32)
-    truth[22:42, 30:45] = (0.4, 0.4, 0.4, 1)
-    assert view_scores(fitted_view(found, truth), truth) == {
-        "psnr": pytest.approx(PSNR_CAP_DB),
-        "ssim": pytest.approx(1, abs=1e-3),
-        "iou": 1.0,
-    }
+def test_a_fitted_sheet_has_the_photographs_scale_and_lies_in_the_middle() -> None:
+    """The front is drawn at half the size of the photograph, so the side becomes twice as large, its height too."""
+
+    def slab(left, top, width, height):
+        view = np.zeros((64, 64, 4), np.float32)
+        view[top : top + height, left : left + width] = (0.4, 0.4, 0.4, 1)
+        return view
+
+    photo, side = slab(12, 22, 40, 20), slab(16, 20, 32, 24)
+    panels = {"front": slab(30, 4, 20, 10), "left": slab(3, 40, 16, 12), "back": slab(30, 4, 20, 10)}
+    panels["right"] = np.zeros_like(photo)
+    found = fitted_views(photo, panels)
+    for name, wanted in (("left", side), ("back", photo)):
+        scores = view_scores(found[name], wanted)
+        assert scores["iou"] == 1 and scores["psnr"] > 20, "edges alone are softer"
+    assert not found["right"].any()
+    unknown = fitted_views(photo, panels | {"front": panels["right"]})
+    assert view_scores(unknown["left"], slab(19, 22, 27, 20))["iou"] > 0.95, "without a front all heights are equal"
 
 
 # --- the protocol --------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ Each object's photograph (its front, cut out, filling the frame: what a user has
 seed, with the protocol's text and the model's own steps and guidance. The sheet's left, back and right are compared
 with the true ones. Beside the model stand what it has to beat and what it cannot beat:
 
-- model, fitted: its views moved and scaled so that their boxes have the true height and centre, their colours
-  as the photograph's own panel has to be changed, and the back in its mirrored outline, as the pipeline does with a
-  set; what is left when the unknown size is taken out;
+- model, fitted: its views centred, in the scale and with the colours in which its front is the photograph in true
+  size, and the back in the photograph's mirrored outline, as the pipeline does with a set; what is left when the
+  unknown size is taken out;
 - photo copied: the photograph itself, in the true scale, as the left and right view, mirrored as the back;
 - photo copied, size unknown: the same with the photograph as the model sees it, filling its frame;
 - front copied: the same with the true front under the light of the true views, so that only the side is wrong;
@@ -164,7 +164,7 @@ def score_object(
     photo = resize_premultiplied(item.photo, size, size)
     methods: dict[str, Panels] = {
         "model": {name: resized(panel, size) for name, panel in panels.items()},
-        "model, fitted": fitted(photo, {name: resized(panel, size) for name, panel in panels.items()}, truth),
+        "model, fitted": fitted(photo, {name: resized(panel, size) for name, panel in panels.items()}),
         "photo copied": copied(photo),
         "photo copied, size unknown": copied(resized(framed_photo(item, model.card.panel_size), size)),
         "front copied": copied(truth["front"]),
@@ -211,25 +211,29 @@ def resized(panel: np.ndarray, size: int) -> np.ndarray:
     return panel if panel.shape[0] == size else resize_premultiplied(np.ascontiguousarray(panel), size, size)
 
 
-def fitted(photo: np.ndarray, panels: Panels, truth: Panels) -> Panels:
-    """The compared panels as the pipeline leaves them where the front is given, at the true size."""
-    from triptych.pipelines.views import in_known_colours, in_mirrored_outline
+def fitted(photo: np.ndarray, panels: Panels) -> Panels:
+    """The compared panels as the pipeline leaves them where the front is given, at the photograph's true size."""
+    from triptych.pipelines.views import in_known_colours, in_mirrored_outline, in_sheet_scale
 
-    moved = in_known_colours(panels, {"front": photo})
-    views = {name: fitted_view(moved[name], truth[name]) for name in COMPARED}
-    return views | {"back": in_mirrored_outline(views["back"], photo)}
+    moved, known = in_known_colours(panels, {"front": photo}), {"front": photo}
+    there = [name for name in COMPARED if silhouette(moved[name]).any()]
+    heights = in_sheet_scale(moved, known, there) or dict.fromkeys(there, box_height(photo))
+    views = moved | {name: centred(moved[name], heights[name]) for name in there}
+    return {name: views[name] for name in COMPARED} | {"back": in_mirrored_outline(views["back"], photo)}
 
 
-def fitted_view(panel: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """The panel (S, S, 4) resampled so that its silhouette has the true height and centre; an empty one as it is."""
-    if not silhouette(panel).any():
-        return panel
+def box_height(view: np.ndarray) -> float:
+    """Of the silhouette of a view (S, S, 4), in pixels."""
+    _, top, _, bottom = alpha_box(view[..., 3])
+    return bottom - top
+
+
+def centred(panel: np.ndarray, height: float) -> np.ndarray:
+    """The panel (S, S, 4) resampled so that its silhouette is ``height`` pixels high and in the middle."""
     left, top, right, bottom = alpha_box(panel[..., 3])
-    true_left, true_top, true_right, true_bottom = alpha_box(truth[..., 3])
-    scale = (bottom - top) / (true_bottom - true_top)  # source pixels per pixel
-    centre = ((top + bottom) / 2, (left + right) / 2)
-    true_centre = ((true_top + true_bottom) / 2, (true_left + true_right) / 2)
-    offset = [c - 0.5 - scale * (t - 0.5) for c, t in zip(centre, true_centre, strict=True)]
+    scale = (bottom - top) / height  # source pixels per pixel
+    middle = (len(panel) - 1) / 2
+    offset = [(low + high) / 2 - 0.5 - scale * middle for low, high in ((top, bottom), (left, right))]
     solid = np.concatenate([panel[..., :3] * panel[..., 3:], panel[..., 3:]], axis=-1)
     planes = [ndimage.affine_transform(solid[..., i], [scale, scale], offset, order=1) for i in range(4)]
     moved = np.stack(planes, axis=-1)
