@@ -18,7 +18,9 @@ from triptych.geometry.cameras import VIEW_NAMES
 from triptych.geometry.files import read_mesh
 from triptych.images.sheets import split_sheet
 from triptych.images.views import prepare_views
+from triptych.pipelines import reconstruct as reconstruct_pipeline
 
+_real = reconstruct_pipeline.mesh_from_views
 SMALL = ["--texture-size", "64", "--faces", "300", "--ensemble", "1", "--device", "cpu", "--quiet"]
 
 
@@ -249,3 +251,26 @@ def test_a_demo_goes_without_a_model(reason, fake, embedded, bundle, photo, tmp_
     views = "2 views (front, back)" if reason == "two pictures" else "1 view (front)"
     assert f"from {views} by tiny-random" in stdout
     assert not (tmp_path / "out" / "robot_views.png").exists()
+
+
+def test_drawn_views_are_reconstructed_as_the_pipeline_left_them(capsys, monkeypatch, bundle, fake, photo, tmp_path):
+    """Marked as drawn, and at their sheet's scale: a side that is drawn too low is not made as high as the front."""
+
+    def squeezed(view):
+        low = np.zeros_like(view)
+        low[32:96] = view[::2]
+        return low
+
+    fake.faults = {seed: [("left", squeezed), ("right", squeezed)] for seed in range(9)}
+    seen = []
+    monkeypatch.setattr(
+        reconstruct_pipeline,
+        "mesh_from_views",
+        lambda views, *rest, **more: seen.append(views) or _real(views, *rest, **more),
+    )
+    code, _, _ = run(capsys, "generate", photo, "-o", tmp_path / "out.obj", "--bundle", bundle, *SMALL)
+    assert code == 0
+    (views,) = seen
+    assert views.generated == (90.0, 180.0, 270.0) and views.seen.names == ("front",)
+    heights = {name: int((mask > 0.5).any(dim=1).sum()) for name, mask in zip(views.names, views.masks, strict=True)}
+    assert heights["left"] < 0.6 * heights["front"] and heights["back"] == heights["front"]

@@ -92,12 +92,23 @@ class JoinedData:
 
 
 class DrawnSets:
-    """The sets that a views model drew of a prepared folder's objects (prepare/drawn.py), by shard and row."""
+    """The sets that a views model drew of a prepared folder's objects (prepare/drawn.py), by shard and row.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder) / DRAWN
+    Raises TriptychError where there are none, and for those of objects that have changed their place since.
+    """
+
+    def __init__(self, data: PreparedData) -> None:
+        folder = data.folder
+        self.folder = folder / DRAWN
+        keys = {(shard, row): record["key"] for shard, row, record in data.rows}
         self.places: dict[tuple[str, int], list[int]] = {}
         for file in sorted(self.folder.glob("shard_*.safetensors")):
+            for key, row, _ in json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["wanted"]:
+                if keys.get((file.stem, row)) != key:
+                    raise TriptychError(
+                        f"{folder} was prepared again after its sets were drawn ({key} is no more in row {row} of "
+                        f"{file.stem}): run `python -m trainer drawn {folder} --model ...` again"
+                    )
             with safe_open(str(file), framework="numpy") as handle:
                 for place, row in enumerate(handle.get_tensor("rows").tolist()):
                     self.places.setdefault((file.stem, row), []).append(place)

@@ -22,7 +22,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ from tqdm import tqdm
 from trainer.data import DRAWN, PreparedData, relight, symmetric_sample
 from triptych.bundles.manifest import file_sha256
 from triptych.errors import TriptychError
+from triptych.flux.card import ViewsCard
+from triptych.flux.hub import find_model
 from triptych.flux.panels import cut_sheet, is_empty
+from triptych.flux.prompts import fill_template
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.foreground import alpha_box
 from triptych.images.views import ViewSet, prepare_views
@@ -43,6 +46,9 @@ from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sheet_cache import draw_given
 from .structured import over_shards
 
+if TYPE_CHECKING:
+    from triptych.flux.backend import FluxViews
+
 FORMAT = 1
 LONE_PHOTO = 0.75  # share of the samples of which the front alone is given
 
@@ -51,71 +57,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="a prepared folder")
     parser.add_argument("--model", required=True, help="the views model: a folder in diffusers' layout, or a name")
     parser.add_argument("--sets", type=int, default=1, help="of each object (default: 1)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core; 0: in this one)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda: --workers 0")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core, on a GPU none)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(args: argparse.Namespace) -> int:
-    workers = _cores() if args.workers is None else args.workers
-    count = draw_sets(args.data, args.model, sets=args.sets, workers=workers, device=args.device)
-    print(f"{count} sets in {args.data / DRAWN}")
+    # Every process loads the model: a device's memory holds one.
+    cores = _cores() if args.device == "cpu" else 0
+    drawn, skipped = draw_sets(
+        args.data,
+        args.model,
+        sets=args.sets,
+        workers=cores if args.workers is None else args.workers,
+        device=args.device,
+    )
+    print(f"{drawn} sets in {args.data / DRAWN}, {skipped} skipped (the reasons stand in its shards' JSON)")
     return 0
 
 
-def draw_sets(data: Path, model: str, *, sets: int = 1, workers: int = 0, device: str = "cpu") -> int:
-    """Draws ``sets`` of each training object; finished shards of the same model are kept. Returns the number of sets.
+def draw_sets(data: Path, model: str, *, sets: int = 1, workers: int = 0, device: str = "cpu") -> tuple[int, int]:
+    """Draws ``sets`` of each training object; finished shards of the same model and objects are kept.
 
-    Raises TriptychError for a folder that is not prepared, a model that cannot be loaded, and a full disk.
+    Returns how many sets there are now, and how many were skipped because a view cannot be prepared or nothing was
+    drawn. Raises TriptychError for a folder that is not prepared, a model that cannot be loaded or run, a full disk.
     """
     if sets < 1:
         raise TriptychError(f"--sets must be at least 1, got {sets}")
+    folder = find_model(model).folder
     out = data / DRAWN
     out.mkdir(exist_ok=True)
-    header = {"format": FORMAT, "model": _identity(model), "sets": sets}
+    header = {"format": FORMAT, "model": _identity(folder)}
     with _alone(out):
         remove_leftovers(out)
         jobs = _jobs(data, sets)
         todo = [job for job in jobs if not _is_done(out, job, header)]
-        build = partial(_build_shard, data=data, model=model, header=header, device=device)
-        with tqdm(total=sum(len(rows) for _, rows in todo), unit="set", desc="drawn", smoothing=0.1) as bar:
+        build = partial(_build_shard, data=data, model=str(folder), header=header, device=device)
+        with tqdm(total=sum(len(places) for _, places in todo), unit="set", desc="drawn", smoothing=0.1) as bar:
             for made in over_shards(build, todo, workers):
                 bar.update(made)
-    return sum(len(rows) for _, rows in jobs)
+        skipped = sum(len(read_json(out / f"{name}.json")["skipped"]) for name, _ in jobs)
+    return sum(len(places) for _, places in jobs) - skipped, skipped
 
 
-Job = tuple[str, list[tuple[int, int]]]  # a shard; row and number of each set
+Place = tuple[str, int, int]  # key of the object, row in its shard, number of the set
+Job = tuple[str, list[Place]]  # a shard
 
 
 def _jobs(data: Path, sets: int) -> list[Job]:
     """The sets of an object go through its rows, from one that differs between objects."""
-    shards: dict[str, list[tuple[int, int]]] = {}
-    train = PreparedData(data, "train")
-    for number, record in enumerate(train.records):
-        rows = record["rows"]
-        places = [(rows[(number + k) % len(rows)], k) for k in range(sets)]
+    shards: dict[str, list[Place]] = {}
+    for record in PreparedData(data, "train").records:
+        rows, first = record["rows"], _number(record["key"])
+        places = [(record["key"], rows[(first + k) % len(rows)], k) for k in range(sets)]
         shards.setdefault(record["shard"], []).extend(places)
     return sorted(shards.items())
 
 
-def _identity(model: str) -> str:
-    """Of the files of a folder, or the name itself."""
-    files = sorted(Path(model).rglob("*.safetensors")) if Path(model).is_dir() else []
-    return hashlib.sha256(json.dumps([file_sha256(file) for file in files] or model).encode()).hexdigest()
+def _number(*parts: object) -> int:
+    """A number below 2^48 that depends on nothing else."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:6], "little")
+
+
+def _identity(folder: Path) -> str:
+    files = [*sorted(folder.rglob("*.safetensors")), *sorted(folder.glob("*.json"))]
+    return hashlib.sha256(json.dumps([file_sha256(file) for file in files]).encode()).hexdigest()
+
+
+def _report(header: dict[str, Any], places: list[Place], skipped: list[dict[str, Any]]) -> dict[str, Any]:
+    return header | {"wanted": [list(place) for place in places], "skipped": skipped}
 
 
 def _is_done(out: Path, job: Job, header: dict[str, Any]) -> bool:
-    name, rows = job
+    name, places = job
     try:
-        report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json(out / f"{name}.json")
+        same = report == _report(header, places, report["skipped"])
+    except (OSError, ValueError, KeyError):
         return False
-    return report == header | {"rows": [list(place) for place in rows]} and _is_whole(out / f"{name}.safetensors")
+    return same and (len(report["skipped"]) == len(places) or _is_whole(out / f"{name}.safetensors"))
 
 
-_MODELS: dict[tuple[str, str], Any] = {}
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _model(name: str, device: str) -> Any:
+_MODELS: dict[tuple[str, str], FluxViews] = {}
+
+
+def _model(name: str, device: str) -> FluxViews:
     if (name, device) not in _MODELS:
         from triptych.flux.backend import load_flux_views
 
@@ -130,21 +159,30 @@ def _build_shard(job: Job, data: Path, model: str, header: dict[str, Any], devic
     index = {(shard, row): i for i, (shard, row, _) in enumerate(train.rows)}
     rows: list[int] = []
     made: list[DrawnSet] = []
-    for row, number in places:
-        digest = hashlib.sha256(f"{name} {row} {number}".encode()).digest()
+    skipped: list[dict[str, Any]] = []
+    for key, row, number in places:
+        seed = _number(key, row, number)
         try:
-            made.append(draw_set(train[index[name, row]], loaded, int.from_bytes(digest[:6], "little")))
-        except TriptychError:  # too thin to be cut out of a small picture, or nothing was drawn
+            asked = photographed(train[index[name, row]], loaded.card, seed)
+        except TriptychError as error:  # too thin to be cut out of a small picture
+            skipped.append({"key": key, "row": row, "reason": str(error)})
             continue
-        rows.append(row)
+        sheet = loaded.sheet(asked.prompt, asked.references, seed=seed)  # what is wrong here is wrong for all
+        try:
+            made.append(finished(asked, cut_sheet(sheet, loaded.card)))
+            rows.append(row)
+        except TriptychError as error:  # nothing was drawn
+            skipped.append({"key": key, "row": row, "reason": str(error)})
+    file = data / DRAWN / f"{name}.safetensors"
+    file.unlink(missing_ok=True)
     if made:
         arrays: dict[str, np.ndarray] = {
             "rows": np.array(rows, dtype=np.int32),
             "symmetry": np.array([one.symmetry for one in made], dtype=np.int8),
             **{key: np.stack([getattr(one, key) for one in made]) for key in ("views", "shown", "given", "scale")},
         }
-        _write(data / DRAWN / f"{name}.safetensors", lambda temporary: save_file(arrays, str(temporary)))
-    write_json(data / DRAWN / f"{name}.json", header | {"rows": [list(place) for place in places]})
+        _write(file, lambda temporary: save_file(arrays, str(temporary)))
+    write_json(data / DRAWN / f"{name}.json", _report(header, places, skipped))
     return len(places)
 
 
@@ -159,34 +197,57 @@ class DrawnSet:
     scale: np.ndarray
 
 
-def draw_set(sample: dict[str, np.ndarray], model: Any, seed: int) -> DrawnSet:
-    """The sets of one prepared sample under a random light, in a random symmetry; the views model is asked as the
-    pipeline asks it, without rerolls. Raises TriptychError where a view cannot be prepared, or nothing was drawn."""
+@dataclass(frozen=True)
+class Asked:
+    """A prepared sample as a views model is asked for the rest of it.
+
+    symmetry: see the module's table. pictures: the true views by name, (P, P, 4) float32, of one light. given: the
+    names of those that are given, photos: these as a set, references: these as the model takes them.
+    """
+
+    symmetry: int
+    pictures: dict[str, np.ndarray]
+    given: list[str]
+    photos: ViewSet
+    references: list[torch.Tensor]
+    prompt: str
+
+
+def photographed(sample: dict[str, np.ndarray], card: ViewsCard, seed: int) -> Asked:
+    """A prepared sample in a random symmetry, under a random light, as the pipeline prepares pictures without words.
+
+    Raises TriptychError where a view cannot be prepared.
+    """
     generator = np.random.default_rng(seed)
     symmetry = int(generator.integers(8))
     sample = symmetric_sample(sample, symmetry)
     alpha = sample["albedo"][..., 3]
-    size = alpha.shape[-1]
     seen = np.array([(view > 127).any() for view in alpha])
     given = [VIEW_NAMES[i] for i in draw_given(generator, LONE_PHOTO, seen)]
     lit = relight(sample["albedo"], sample["normal"], generator).permute(0, 2, 3, 1).numpy()
     pictures = dict(zip(VIEW_NAMES, lit, strict=True))
-    photos = prepare_views({name: pictures[name] for name in given}, size=size, foreground="alpha")
-    references, _ = given_references(photos, model.card)
-    panels = cut_sheet(model.sheet("", references, seed=seed), model.card)
-    missing = tuple(name for name in VIEW_NAMES if name not in given)
-    sets = [put_together(photos, panels, missing, size)[0], put_together(None, panels, VIEW_NAMES, size)[0]]
-    true = {name: _diagonal(pictures[name]) for name, there in zip(VIEW_NAMES, seen, strict=True) if there}
-    known = given[0] if not is_empty(panels[given[0]]) else next(name for name in sets[1].names if name in true)
-    scales = [_diagonal(_picture(one, name)) / true[name] for one, name in zip(sets, (given[0], known), strict=True)]
+    photos = prepare_views({name: pictures[name] for name in given}, size=alpha.shape[-1], foreground="alpha")
+    references, _ = given_references(photos, card)
+    return Asked(symmetry, pictures, given, photos, references, fill_template(card, "", given))
+
+
+def finished(asked: Asked, panels: dict[str, np.ndarray]) -> DrawnSet:
+    """The sets that the pipeline makes of a sheet's panels. Raises TriptychError where the given views, which tell the
+    scale, were not drawn."""
+    known, size = asked.given[0], asked.photos.size
+    if is_empty(panels[known]):
+        raise TriptychError(f"the model drew nothing in the {known} panel: the set has no known scale, leave it out")
+    missing = tuple(name for name in VIEW_NAMES if name not in asked.given)
+    sets = [put_together(asked.photos, panels, missing, size)[0], put_together(None, panels, VIEW_NAMES, size)[0]]
     views = np.zeros((2, 4, size, size, 4), dtype=np.uint8)
     shown = np.zeros((2, 4), dtype=bool)
     for k, one in enumerate(sets):
         for name in one.names:
             views[k, VIEW_NAMES.index(name)] = (_picture(one, name) * 255 + 0.5).astype(np.uint8)
             shown[k, VIEW_NAMES.index(name)] = True
-    is_given = np.array([name in given for name in VIEW_NAMES])
-    return DrawnSet(symmetry, views, shown, is_given, np.array(scales, dtype=np.float32))
+    scale = np.array([_diagonal(_picture(one, known)) for one in sets]) / _diagonal(asked.pictures[known])
+    is_given = np.array([name in asked.given for name in VIEW_NAMES])
+    return DrawnSet(asked.symmetry, views, shown, is_given, scale.astype(np.float32))
 
 
 def _picture(views: ViewSet, name: str) -> np.ndarray:

@@ -165,7 +165,7 @@ class StructureFlowTask:
                 f"{self.config.image_size}: prepare with --view-size {self.config.image_size}"
             )
         self.band = float(self.data.options["sdf_band"])
-        self.drawn = DrawnSets(self.config.data) if self.config.drawn_share else None
+        self.drawn = DrawnSets(self.data.parts[0]) if self.config.drawn_share else None
 
     # ---- data
 

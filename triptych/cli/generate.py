@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ def generated_inputs(prompt: str, files: dict[str, str], options: ViewOptions, d
     }
     name = object_name(files.get("front") or next(iter(files.values()))) if files else prompt_name(prompt)
     labels = {view: files.get(view, GENERATED) for view in made.views}
-    return Inputs(dict(made.views), labels, name, "alpha", made.sheet, summary, made.warnings, extra)
+    prepared = replace(made.view_set, warnings=())  # they are among the inputs' own
+    return Inputs(dict(made.views), labels, name, "alpha", made.sheet, summary, made.warnings, extra, prepared)
 
 
 def prompt_name(prompt: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..bundles.bundle import Bundle
     from ..geometry.mesh import Mesh
+    from ..images.views import ViewSet
 
 TURNTABLE, VIEWER, INPUTS = "{stem}_turntable.png", "viewer{number}.html", "{stem}_views.png"
 # Where in the whole the pipeline's own 0-1 lies; the rest is preparation, loading and writing.
@@ -46,6 +47,7 @@ class Inputs:
 
     name: the object's, for files. foreground: how to cut it out. sheet: a picture of the views to keep beside the mesh,
     (H, W, 3|4) float 0-1; None keeps nothing. summary: further entries of the summary. extra: further PNGs to write.
+    prepared: the pictures as a view set of VIEW_SIZE, where there is one already: it knows which of them are drawn.
     """
 
     pictures: dict[str, Any]
@@ -56,6 +58,7 @@ class Inputs:
     summary: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     extra: dict[Path, np.ndarray] = field(default_factory=dict)
+    prepared: ViewSet | None = None
 
 
 def views(args: argparse.Namespace) -> int:
@@ -245,7 +248,9 @@ def _from_posed_views(args: argparse.Namespace, bundle: Bundle, inputs: Inputs, 
             "views at once, so leave it out"
         )
     with clock.stage("prepare", 0.0, 0.1):
-        view_set = prepare_views(dict(inputs.pictures.items()), size=VIEW_SIZE, foreground=inputs.foreground)
+        view_set = inputs.prepared or prepare_views(
+            dict(inputs.pictures.items()), size=VIEW_SIZE, foreground=inputs.foreground
+        )
     with clock.stage("load", 0.1, _PIPELINE[0]):
         networks(bundle)  # loads, and so checks, what the main job uses
     settings = Settings(

@@ -150,8 +150,9 @@ def prepare_views(
     foreground: "auto", "alpha", "plain" or "matting", see `extract_foreground`.
     heights: how high the object is in each view, in one unit; None where nothing is known: all views are equally high.
         A drawn sheet says it, where a drawing's own height is a poor measure of its scale.
-    A prepared set, prepared again, is unchanged. Raises TriptychError: no views, more than four, a doubled or unknown
-    view, heights that are not positive or not of these views, and whatever reading and cutting out raise.
+    A prepared set of equal heights, prepared again, is unchanged. Raises TriptychError: no views, more than four, a
+    doubled or unknown view, heights that are not positive or not of these views, and whatever reading and cutting out
+    raise.
     """
     if not 16 <= size <= 4096:
         raise TriptychError(f"the size of a view must be 16-4096 pixels, got {size}")

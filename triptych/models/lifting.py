@@ -258,7 +258,8 @@ class LiftedStructureFlow(SparseStructureFlowModel):
         pose = self.view_geometry(torch.cat([rotations[:, 2], waves(rotations[:, 0])], dim=-1))
         context = tokens.flatten(2).transpose(1, 2) + self.image_pos + pose[:, None]
         if self.drawn_tokens is not None:
-            context = context + torch.tensor(drawn, device=context.device)[:, None, None] * self.drawn_tokens
+            is_drawn = torch.tensor(drawn, device=context.device)[:, None, None]
+            context = context + is_drawn * self.drawn_tokens.to(context.dtype)
         lengths = tuple(active.sum(dim=1).tolist())
         context_lengths = tuple(count * context.shape[1] for count in views.counts)
         normals = None if self.normal_head is None else F.pixel_shuffle(self.normal_head(features), 2)
@@ -322,8 +323,10 @@ class LiftedStructureFlow(SparseStructureFlowModel):
                 align_corners=False, padding_mode="border",
             )  # fmt: skip
             found.append(sampled.permute(0, 2, 3, 1).flatten(2).flatten(0, 1))
-            mark = self.drawn_pairs if is_drawn and self.drawn_pairs is not None else 0.0
-            geometry.append(self.lift.from_geometry(seen_from) + mark)
+            placed = self.lift.from_geometry(seen_from)
+            if is_drawn and self.drawn_pairs is not None:
+                placed = placed + self.drawn_pairs.to(placed.dtype)
+            geometry.append(placed)
             for k, n in enumerate(members):
                 b = int(sample[n])
                 lookup.append(pattern_of[blocks[b]] + (offset + k * len(patterns)))
