@@ -547,7 +547,9 @@ def test_quantised_blocks_are_smaller_and_near_the_original(quantisation: str, a
     assert network_bytes(model.pipeline.vae) == network_bytes(klein().pipeline.vae)
 
 
-def lora_file(path: Path, seed: int = 0, architecture: str = "flux2-klein") -> Path:
+def lora_file(
+    path: Path, seed: int = 0, architecture: str = "flux2-klein", base: str = "random klein", asked=None
+) -> Path:
     from triptych.flux.lora import save_lora
 
     generator = torch.Generator().manual_seed(seed)
@@ -557,7 +559,7 @@ def lora_file(path: Path, seed: int = 0, architecture: str = "flux2-klein") -> P
         f"{name}.lora_A.weight": torch.randn(2, layer.in_features, generator=generator),
         f"{name}.lora_B.weight": torch.randn(layer.out_features, 2, generator=generator) * 0.05,
     }
-    return save_lora(path, state, 2, 2, "random klein", architecture)
+    return save_lora(path, state, 2, 2, base, architecture, asked=asked)
 
 
 def lora_folder(folder: Path, seed: int = 0, **changes) -> Path:
@@ -598,6 +600,45 @@ def test_two_loras_add_up_in_any_order_and_without_peft(tmp_path: Path, monkeypa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     assert torch.allclose(load_flux_views(first, lora=second).sheet(PROMPT), sheet, atol=1e-5)
+
+
+def test_a_bare_lora_file_says_how_a_published_model_is_to_be_asked(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    plain = klein_folder("mini")  # without a card, as published models are
+    asked = {"panel_size": 128, "background": [1.0, 0.0, 1.0], "prompt_template": "{text}!", "mirrored": True,
+             "steps": 3, "guidance": 2.0}  # fmt: skip
+    same = lora_file(tmp_path / "same.safetensors", base=f"someone/{plain.name}@main", asked=asked)
+    model = load_flux_views(plain, lora=same)
+    card = model.card
+    assert (card.panel_size, card.background, card.prompt_template, card.mirrored) == (128, (1, 0, 1), "{text}!", True)
+    assert card.usual(False) == (3, 2.0) and not any("LoRA" in note for note in model.warnings)
+    other = lora_file(tmp_path / "other.safetensors", base="someone/another-klein", asked=asked)
+    model = load_flux_views(plain, lora=other)
+    assert model.card.panel_size == 128 and model.card.steps == default_card("flux2-klein").steps
+    (note,) = [note for note in model.warnings if "LoRA" in note]
+    assert "other.safetensors was trained on someone/another-klein, the loaded model is" in note and plain.name in note
+    carded = load_flux_views(klein_folder("mini", card=True), lora=same)
+    assert carded.card == read_card(klein_folder("mini", card=True))
+    assert any("trained with prompt_template '{text}!' instead of" in note for note in carded.warnings)
+    wrong = lora_file(tmp_path / "wrong.safetensors", base=plain.name, asked={"panel_size": 100})
+    with pytest.raises(
+        TriptychError, match="wrong.safetensors: panel_size is '100' in its header, it has to be a mult"
+    ):
+        load_flux_views(plain, lora=wrong)
+
+
+def test_a_lora_of_a_model_of_the_same_shape_names_both(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    layer = "single_transformer_blocks.0.proj_out"
+    network = load_flux_views(kontext_folder()).pipeline.transformer.get_submodule(layer)
+    state = {f"{layer}.lora_A.weight": torch.randn(2, network.in_features),
+             f"{layer}.lora_B.weight": torch.randn(network.out_features, 2)}  # fmt: skip
+    from triptych.flux.lora import save_lora
+
+    path = save_lora(tmp_path / "dev.safetensors", state, 2, 2, "someone/FLUX.1-dev", "flux1-dev")
+    notes = load_flux_views(kontext_folder(), lora=path).warnings
+    assert any("trained on someone/FLUX.1-dev (flux1-dev), the loaded model is" in note for note in notes)
+    assert any("(flux1-kontext): the shapes agree" in note for note in notes)
 
 
 def test_a_lora_keeps_its_precision_on_quantised_weights(tmp_path: Path) -> None:

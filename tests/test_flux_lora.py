@@ -98,16 +98,16 @@ def test_one_file_gives_one_picture_however_diffusers_loads_it(tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_file_has_the_form_that_both_loaders_read(tmp_path, architecture):
-    path = saved(tmp_path, architecture, prompt_template="{text}, four views", trigger="sheet", dtype=torch.bfloat16)
+    path = saved(tmp_path, architecture, asked={"prompt_template": "{text}, four views"}, dtype=torch.bfloat16)
     state = load_file(path)
     assert all(re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", key) for key in state)  # no .alpha
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     with safe_open(str(path), framework="pt") as handle:
         header = handle.metadata()
-    assert "lora_adapter_metadata" not in header and header["modelspec.trigger_phrase"] == "sheet"
+    assert "lora_adapter_metadata" not in header
     file = read_lora(path)
     assert (file.base, file.architecture, file.rank) == ("a small model", architecture, RANK)
-    assert (file.family, file.prompt_template, file.trigger) == (FAMILY[architecture], "{text}, four views", "sheet")
+    assert (file.family, file.asked) == (FAMILY[architecture], {"prompt_template": "{text}, four views"})
     assert set(file.targets) == set(wanted_deltas(architecture))
 
 

@@ -14,13 +14,15 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from tests.flux_tiny import klein_folder  # noqa: E402
+from trainer.__main__ import main as trainer_main  # noqa: E402
 from trainer.data import JoinedData  # noqa: E402
 from trainer.flux_base import FrozenParts  # noqa: E402
-from trainer.loop import export, train  # noqa: E402
+from trainer.loop import evaluating, export, open_trained, train  # noqa: E402
 from trainer.prepare.sheet_cache import SheetOptions, cache_sheets  # noqa: E402
 from trainer.prepare.sheets import canonical_shade, references  # noqa: E402
 from trainer.recipes import build_recipe  # noqa: E402
 from trainer.sheet_data import SheetData  # noqa: E402
+from trainer.tasks import flux_views  # noqa: E402
 from trainer.tasks.flux_vae import FluxVaeConfig  # noqa: E402
 from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsConfig,
@@ -236,15 +238,84 @@ def test_training_resumes_bit_for_bit_and_exports_a_whole_model(cache, tmp_path)
     )
 
 
-def test_the_exported_model_makes_a_sheet(cache, tmp_path):
+def test_the_loss_is_that_of_the_velocity_from_the_sheet_to_the_noise(cache, monkeypatch):
+    task = FluxViewsTask(_config(cache))
+    task.data = SheetData([cache])
+    task.parts = FrozenParts(klein_folder(), torch.device("cpu"))
+    batch = task.collate([task.sample(index, index) for index in range(6)])
+    level = batch["level"].view(-1, 1, 1, 1)
+    found = {}
+
+    def answers(sign):
+        def velocity(model, noisy, levels, words, references, groups):
+            found["noisy"] = noisy
+            return sign * (batch["noise"] - batch["target"])
+
+        return velocity
+
+    monkeypatch.setattr(flux_views, "grouped_velocity", answers(1.0))
+    assert float(task.loss(None, batch, 0)[0]) == 0
+    torch.testing.assert_close(found["noisy"], (1 - level) * batch["target"] + level * batch["noise"])
+    monkeypatch.setattr(flux_views, "grouped_velocity", answers(-1.0))
+    wrong = float(task.loss(None, batch, 0)[0])
+    assert wrong == pytest.approx(float(4 * (batch["noise"] - batch["target"]).square().mean()), rel=1e-4)
+
+
+def test_noise_levels_are_logit_normal_and_shifted_once(cache):
+    """The logit of s t / (1 + (s - 1) t) is that of t plus ln s."""
+    task = FluxViewsTask(_config(cache, shift=4.0, logit_mean=0.5, logit_std=1.5))
+    task.data = SheetData([cache])
+    levels = torch.tensor([task.sample(seed % 7, seed)["level"] for seed in range(2000)], dtype=torch.float64)
+    logits = torch.logit(levels)
+    assert float(logits.mean()) == pytest.approx(0.5 + np.log(4.0), abs=0.12)
+    assert float(logits.std()) == pytest.approx(1.5, abs=0.1)
+    assert float(((logits - logits.mean()) ** 3).mean() / logits.std() ** 3) == pytest.approx(0, abs=0.2), "no skew"
+
+
+def test_text_and_pictures_drop_out_as_often_as_asked(cache):
+    task = FluxViewsTask(_config(cache, drop_text=0.3, drop_references=0.4))
+    task.data = SheetData([cache])
+    facing = [index for index, said in enumerate(task.data.said) if said["faces_front"]]
+    drawn = [task.sample(facing[seed % len(facing)], seed) for seed in range(1500)]
+    prompts = [one["prompt"] for one in drawn]
+    assert np.mean([prompt == "" for prompt in prompts]) == pytest.approx(0.15, abs=0.03)
+    assert np.mean([prompt.startswith(". given: ") for prompt in prompts]) == pytest.approx(0.15, abs=0.03)
+    assert np.mean([len(one["references"]) == 0 for one in drawn]) == pytest.approx(0.4, abs=0.04)
+    for one in drawn:
+        assert one["prompt"].endswith("nothing.") == (len(one["references"]) == 0) or not one["prompt"]
+
+
+def test_the_exported_model_draws_what_training_showed(cache, tmp_path):
+    """The sampler of the sample sheets is that of the exported model: same noise, steps, shift and guidance."""
     from triptych.flux.backend import load_flux_views
 
     config = replace(build_recipe("flux_views_tiny"), task_config=_config(cache), **SMALL)
     train(config, tmp_path / "run", device="cpu")
-    export(tmp_path / "run", tmp_path / "model", device="cpu")
-    model = load_flux_views(str(tmp_path / "model"))
-    sheet = model.sheet("a chair. given: nothing.", [], seed=1, steps=1, guidance=1.0)
+    provenance = export(tmp_path / "run", tmp_path / "four steps", device="cpu")
+    prompt = "a chair. given: nothing."
+    run, _ = open_trained(tmp_path / "run", "last", "cpu")
+    with evaluating(run) as network:
+        torch.nn.init.normal_(network.proj_out.weight, std=0.2)  # four steps have hardly moved it from zero
+        (tmp_path / "model").mkdir()
+        run.task.export(network, tmp_path / "model", provenance)
+        shown, other = (run.task.generate(network, [prompt], None, guidance)[0] for guidance in (2.0, 40.0))
+        run.task.config = replace(run.task.config, shift=1.0)
+        unshifted = run.task.generate(network, [prompt], None, 2.0)[0]
+    sheet = load_flux_views(str(tmp_path / "model")).sheet(prompt, [], seed=0, steps=2, guidance=2.0)
     assert sheet.shape == (3, 128, 128) and float(sheet.min()) >= 0 and float(sheet.max()) <= 1
+    away, by_guidance, by_shift = ((picture - shown).abs().mean() for picture in (sheet, other, unshifted))
+    assert away < 0.005 < min(by_guidance, by_shift), "bfloat16 alone makes a difference"
+
+
+def test_a_run_is_evaluated_by_the_protocol(cache, data_dir, tmp_path, capsys):
+    config = replace(build_recipe("flux_views_tiny"), task_config=_config(cache), **SMALL)
+    train(config, tmp_path / "run", device="cpu")
+    capsys.readouterr()
+    words = ["--objects", str(data_dir), "--count", "1", "--no-meshes", "--device", "cpu"]
+    assert not trainer_main(["evaluate", str(tmp_path / "run"), *words, "--out", str(tmp_path / "report")])
+    said = capsys.readouterr()
+    assert "1 of 63 objects" in said.out and "| model, fitted |" in said.out and "seed 0" not in said.out
+    assert "seed 0: psnr" in said.err and (tmp_path / "report" / "report.json").is_file()
 
 
 def test_the_autoencoders_encoder_is_principal_components_and_its_decoder_learns(boxes_and_balls, tmp_path):

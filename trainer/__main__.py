@@ -80,6 +80,8 @@ def _evaluate_views(args: argparse.Namespace) -> None:
     """The fixed protocol, on the model as users would load it."""
     import tempfile
 
+    import torch
+
     from trainer.loop import export
     from trainer.runs import find_run, read_run
     from trainer.views_evaluation import evaluate_views
@@ -96,9 +98,18 @@ def _evaluate_views(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / run_dir.name
         export(run_dir, exported, args.checkpoint, args.device)
-        model = load_flux_views(str(exported))
+        device = "cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"
+        model = load_flux_views(str(exported), device=device, offload=args.offload, quantisation=args.quantisation)
         report = evaluate_views(
-            model, load_protocol(), args.objects, out=args.out, meshes=args.meshes, text=args.meshes
+            model,
+            load_protocol(),
+            args.objects,
+            objects=args.count,
+            out=args.out,
+            meshes=args.meshes,
+            text=args.meshes,
+            device=device,
+            report=lambda sentence: print(sentence, file=sys.stderr),
         )
         model.unload()
     print(markdown(report))
@@ -253,6 +264,9 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--objects", type=Path, metavar="DATA", help="flux_views: the fixed protocol on the evaluation objects of DATA"
     )
+    evaluate.add_argument("--count", type=int, metavar="N", help="with --objects: about N of them, evenly spread")
+    evaluate.add_argument("--offload", default="auto", help="with --objects: of the views model, see load_flux_views")
+    evaluate.add_argument("--quantisation", default="none", help="with --objects: int8, fp8 or nf4")
     evaluate.add_argument("--out", type=Path, help="with --objects: a folder for report.json and contact sheets")
     evaluate.add_argument(
         "--no-meshes",

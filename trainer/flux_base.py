@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from trainer.tasks.flux_vae import patchified
 from triptych.errors import TriptychError
-from triptych.flux.card import ViewsCard, default_card
+from triptych.flux.card import ViewsCard, default_card, how_to_ask
 from triptych.flux.hub import find_model, read_index
 from triptych.flux.lora import DEFAULT_TARGETS, check_targets, save_lora
 from triptych.flux.parts import PIPELINES, _load_part, _quiet, architecture_of, is_block_matrix, require_libraries
@@ -476,7 +476,7 @@ def write_lora(model: nn.Module, folder: Path, base: FluxBase, lora: LoraSetting
     place = base_place(base, folder)
     save_lora(
         folder / LORA_FILE, adapter_state(model), lora.rank, lora.scale_alpha, place, base.architecture,
-        prompt_template=card.prompt_template, provenance=card.provenance, dtype=torch.bfloat16,
+        asked=how_to_ask(card), provenance=card.provenance, dtype=torch.bfloat16,
     )  # fmt: skip
     return replace(card, base=place, lora=LORA_FILE)
 

@@ -277,7 +277,7 @@ class FluxViewsTask(Task):
         cached = [self.held_out[i] for i in places]
         prompts = [self.config.prompt_template.format(text=c.said["captions"][0], given="front") for c in cached]
         references = torch.stack([c.references for c in cached])
-        made = self.generate(model, prompts, references, guidance=1.0)
+        made = self.generate(model, prompts, references, self.config.photo_guidance or self.config.sample_guidance)
         return self._decoded(torch.stack([c.target for c in cached])), made
 
     def _decoded(self, latents: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from ..errors import TriptychError
 from ..pipelines.memory import GIB, StageMemory, _Meter, network_bytes
-from .card import ViewsCard, default_card, sigmas
+from .card import LAYOUT, SAMPLER, ViewsCard, asked_like, default_card, how_to_ask, sigmas
 from .hub import ModelPlace, Progress, find_model, read_index
+from .lora import LoraFile, apply_lora, merge_lora, read_lora
 from .parts import OFFLOADS, QUANTISATIONS, architecture_of, load_pipeline, networks_of, place, quantise
 
 Preview = Callable[[], Tensor]
@@ -244,8 +245,11 @@ def load_flux_views(
     tell("find", 0.0)
     found = find_model(source, progress=progress)
     base, card, loras = _base_of(found, progress)
+    said: list[str] = []
     if lora is not None:
-        loras.append((_lora_file(lora, card, progress), lora_strength))
+        file = read_lora(_lora_file(lora, card, progress))
+        card, said = _asked_by(file, base, card, has_card=found.card is not None)
+        loras.append((file, lora_strength))
     tell("load", 0.0)
     meter = _Meter(torch.device("cpu"))
     with meter:
@@ -257,7 +261,7 @@ def load_flux_views(
         tell("load", 0.9)
         used, more = _placed(pipeline, chosen, offload, card)
     model = _class_of(card.architecture)(
-        pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*notes, *more)
+        pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*said, *notes, *more)
     )
     weights = sum(network_bytes(network) for network in networks_of(pipeline).values())
     model._memory["load"] = StageMemory("load", meter.peak or weights, weights, "resident" if meter.peak else "weights")
@@ -265,23 +269,58 @@ def load_flux_views(
     return model
 
 
-def add_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
-    """LoRA files onto the pipeline's transformer, each at its strength.
+def add_loras(pipeline: Any, loras: Sequence[tuple[LoraFile | Path, float]]) -> None:
+    """LoRAs onto the pipeline's transformer, each at its strength.
 
     The last one stays apart from the weights, which keeps its precision; those before it, and all where PEFT is absent,
     are added to the weights. Raises TriptychError when one belongs to another model.
     """
-    from .lora import apply_lora, merge_lora
-
     apart = 1 if importlib.util.find_spec("peft") else 0
-    for i, (path, strength) in enumerate(loras):
+    for i, (lora, strength) in enumerate(loras):
         if i < len(loras) - apart:
-            merge_lora(pipeline.transformer, path, strength)
+            merge_lora(pipeline.transformer, lora, strength)
         else:
-            apply_lora(pipeline, path, strength)
+            apply_lora(pipeline, lora, strength)
 
 
-def _base_of(found: ModelPlace, progress: Progress | None) -> tuple[ModelPlace, ViewsCard, list[tuple[Path, float]]]:
+def _asked_by(file: LoraFile, base: ModelPlace, card: ViewsCard, *, has_card: bool) -> tuple[ViewsCard, list[str]]:
+    """The card to ask a model by with a further LoRA, and what the user should know of how the two fit.
+
+    has_card: whether the model itself says how it wants to be asked; a published one does not, and follows the LoRA.
+    """
+    notes, other = [], file.architecture not in (None, card.architecture)
+    if other or (file.base is not None and _last_name(file.base) != _last_name(base.title)):
+        kind = f" ({file.architecture})" if other else ""
+        notes.append(
+            f"the LoRA {file.label} was trained on {file.base or 'another model'}{kind}, the loaded model is "
+            f"{base.title} ({card.architecture}): the shapes agree, but choose the LoRA's own base if views are bad"
+        )
+    if not has_card:
+        # Another base is sampled in its own way: a distilled one takes few steps.
+        wanted = LAYOUT if notes else LAYOUT + SAMPLER
+        said = {name: value for name, value in file.asked.items() if name in wanted}
+        return asked_like(card, said, file.label), notes
+    own = how_to_ask(card)
+    odd = [name for name in LAYOUT if name in file.asked and file.asked[name] != own[name]]
+    if odd:
+        told = ", ".join(f"{name} {_short(file.asked[name])} instead of {_short(own[name])}" for name in odd)
+        notes.append(f"the LoRA {file.label} was trained with {told}; {card.name} is asked in its own way")
+    return card, notes
+
+
+def _last_name(source: str) -> str:
+    """Of a repository or folder: owner/FLUX.2-klein@main -> flux.2-klein."""
+    return source.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].split("@")[0].lower()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return repr(text if len(text) <= 40 else text[:40] + "...") if isinstance(value, str) else text
+
+
+def _base_of(
+    found: ModelPlace, progress: Progress | None
+) -> tuple[ModelPlace, ViewsCard, list[tuple[LoraFile | Path, float]]]:
     """The full model, the card to ask it by, and the LoRAs that belong to it."""
     card = found.card
     if card is not None and card.lora is not None:

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,6 +72,9 @@ class ViewsCard:
         return steps, self.photo_guidance if given and self.photo_guidance is not None else self.guidance
 
 
+LAYOUT = ("prompt_template", "panel_size", "background", "mirrored", "max_sequence_length")
+SAMPLER = ("steps", "guidance", "shift", "photo_steps", "photo_guidance")
+
 _SHEET_PROMPT = (
     "{text}. One sheet with a 2x2 grid of four orthographic views of this single object at eye level, all at one scale,"
     " each centred in its panel on a plain white background: the front at the top left, the object's left side at the "
@@ -108,6 +112,21 @@ def sigmas(steps: int, shift: float) -> list[float]:
         raise TriptychError(f"{steps} steps with shift {shift} do not work: steps are 1-1000 and shift is 0.01-100")
     even = [1 - i / steps for i in range(steps)]
     return [shift * s / (1 + (shift - 1) * s) for s in even]
+
+
+def how_to_ask(card: ViewsCard) -> dict[str, Any]:
+    """What a LoRA file has to carry, for it is often copied without its card: fields of LAYOUT and SAMPLER, as JSON."""
+    return {name: value for name, value in json.loads(json.dumps(asdict(card))).items() if name in LAYOUT + SAMPLER}
+
+
+def asked_like(card: ViewsCard, said: Mapping[str, Any], label: str) -> ViewsCard:
+    """The card with the fields that ``said`` has, see `how_to_ask`. Raises TriptychError for a value out of range."""
+    for name, value in said.items():
+        problem = _problem(name, value) if name in LAYOUT + SAMPLER else "one of " + ", ".join(LAYOUT + SAMPLER)
+        if problem:
+            raise TriptychError(f"{label}: {name} is {str(value)[:80]!r} in its header, it has to be {problem}")
+    changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    return replace(card, **changes)
 
 
 def read_card(folder: str | Path) -> ViewsCard:

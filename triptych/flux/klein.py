@@ -29,7 +29,8 @@ class KleinViews(FluxViews):
         wanted = self.card.usual(bool(references))[1] if guidance is None else guidance
         ignored = self.is_distilled and wanted > 1
         text = f"{self.card.name} is distilled to few steps and does not use the guidance {wanted:g}"
-        return (*([text] if ignored else []), *super().notes(guidance=guidance, negative=negative))
+        more = super().notes(guidance=guidance, negative=negative, references=references)
+        return (*([text] if ignored else []), *more)
 
     def _noise(self, generator: torch.Generator) -> Tensor:
         side = 2 * self.card.panel_size // (2 * self.pipeline.vae_scale_factor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class LoraFile:
     """A LoRA in diffusers names.
 
     tensors: ``<module>.lora_A.weight`` (R, inputs) and ``<module>.lora_B.weight`` (outputs, R), float32, the scale
-        included, all of one rank. base: the model it was trained on, as the file says, or None.
+        included, all of one rank. base: the model it was trained on, as the file says, or None. asked: how it
+        wants to be asked, fields of a card (`card.how_to_ask`); nothing where the file does not say.
     architecture: a card's (`FAMILY`), or None when the file does not say. family: "flux1", "flux2", or None when its
     layers are in both. targets: its modules. label: what errors call it.
     """
@@ -62,8 +63,7 @@ class LoraFile:
     rank: int
     targets: tuple[str, ...]
     family: str | None = None
-    prompt_template: str | None = None
-    trigger: str | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
     label: str = "the LoRA"
 
 
@@ -108,8 +108,7 @@ def save_lora(
     base: str,
     architecture: str,
     *,
-    prompt_template: str | None = None,
-    trigger: str | None = None,
+    asked: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -117,7 +116,8 @@ def save_lora(
 
     state: PEFT's, ``[base_model.model.]<module>.lora_A[.<adapter>].weight`` (rank, inputs) and lora_B (outputs, rank),
     of diffusers modules. alpha / rank is multiplied into lora_B, so that the file's own alpha is its rank. dtype: of
-    the file; None keeps the tensors'. The header holds base, architecture, rank, template and provenance.
+    the file; None keeps the tensors'. The header holds base, architecture, rank, provenance, and what ``asked`` says of
+    how to ask the model (`card.how_to_ask`).
     Raises TriptychError for modules that do not load everywhere, wrong shapes and numbers that are not finite.
     """
     if rank < 1 or not alpha > 0:
@@ -138,12 +138,12 @@ def save_lora(
         tensors[f"transformer.{module}{B}"] = scaled.detach().to("cpu", dtype or up.dtype).contiguous()
     facts = {
         "base": base, "architecture": architecture, "rank": rank, "alpha": rank, "trained_alpha": alpha,
-        "prompt_template": prompt_template, "trigger": trigger, "provenance": dict(provenance or {}),
+        "asked": dict(asked or {}), "provenance": dict(provenance or {}),
     }  # fmt: skip
     header = {
         "format": "pt", "triptych": json.dumps(facts, ensure_ascii=False), "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora", "modelspec.title": Path(path).stem,
-        "modelspec.trigger_phrase": trigger or "", "ss_base_model_version": base,
+        "ss_base_model_version": base,
     }  # fmt: skip
     path = Path(path)
     write_files(path.parent, {path.name: save(tensors, metadata=header)})
@@ -174,8 +174,7 @@ def read_lora(path: str | Path) -> LoraFile:
         tensors[targets[0] + A].shape[0],
         targets,
         family,
-        said.get("prompt_template"),
-        said.get("trigger"),
+        facts["asked"] if isinstance(facts.get("asked"), dict) else {},
         path.name,
     )
 
