@@ -547,6 +547,29 @@ def test_quantised_blocks_are_smaller_and_near_the_original(quantisation: str, a
     assert network_bytes(model.pipeline.vae) == network_bytes(klein().pipeline.vae)
 
 
+def test_nf4_leaves_what_is_no_blocks_matrix_as_it_is(monkeypatch) -> None:
+    """What bitsandbytes is told; whether it obeys needs a GPU."""
+    from diffusers import Flux2Transformer2DModel
+    from transformers import Qwen3ForCausalLM
+
+    from triptych.flux import parts
+
+    folder = klein_folder("mini")
+    kept = parts.kept_matrices(Flux2Transformer2DModel, folder / "transformer")
+    assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= set(kept)
+    assert not any(".attn." in name or ".ff" in name for name in kept)
+    linears = [n for n, m in klein().pipeline.transformer.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert 0 < len(kept) < len(linears) and set(kept) < set(linears)
+    assert parts.kept_matrices(Qwen3ForCausalLM, folder / "text_encoder") == ["lm_head"]
+    find, told = importlib.util.find_spec, {}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: object() if name == "bitsandbytes" else find(name)
+    )
+    monkeypatch.setattr("diffusers.BitsAndBytesConfig", lambda **options: told.update(options))
+    parts._nf4("diffusers", torch.bfloat16, kept)
+    assert told["llm_int8_skip_modules"] == kept and told["load_in_4bit"]
+
+
 def lora_file(
     path: Path, seed: int = 0, architecture: str = "flux2-klein", base: str = "random klein", asked=None
 ) -> Path:

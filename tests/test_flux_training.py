@@ -276,6 +276,9 @@ def test_what_cannot_be_trained_is_said(klein_sheets, tmp_path):
         find_base(str(klein_folder(distilled=True)))
     with pytest.raises(TriptychError, match="holds a frozen base"):
         training_transformer(find_base(str(klein_folder())), LoraSettings(), "int8", False)
+    if not torch.cuda.is_available():
+        with pytest.raises(TriptychError, match="nf4 needs a CUDA GPU: choose int8"):
+            training_transformer(find_base(str(klein_folder())), LORA, "nf4", False)
     with pytest.raises(TriptychError, match="needs a base"):
         FluxViewsTask(FluxViewsConfig(cache=("x",), parts="y", lora=LORA))
     with pytest.raises(TriptychError, match="set one"):

@@ -117,6 +117,8 @@ def training_transformer(base: FluxBase, lora: LoraSettings, quantisation: str, 
         raise TriptychError(
             f"quantisation {quantisation} holds a frozen base: set lora.rank above 0, or quantisation none"
         )
+    if quantisation == "nf4" and not torch.cuda.is_available():
+        raise TriptychError("quantisation nf4 needs a CUDA GPU: choose int8, or train on a machine with one")
     pipeline_class, parts = PIPELINES[base.architecture]
     require_libraries(pipeline_class)
     dtype = torch.bfloat16 if lora.rank else torch.float32

@@ -209,7 +209,7 @@ def _load_part(
             return part_class.from_pretrained(str(folder), local_files_only=True)
         options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
         if quantisation == "nf4" and folder.name != "vae":
-            options["quantization_config"] = _nf4(library, dtype)
+            options["quantization_config"] = _nf4(library, dtype, kept_matrices(part_class, folder))
         network, info = part_class.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
@@ -230,14 +230,31 @@ def _check_loaded(folder: Path, info: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"{folder} has {len(unknown)} tensors that its network does not use, such as {unknown[0]}")
 
 
-def _nf4(library: str, dtype: torch.dtype) -> Any:
+def kept_matrices(part_class: Any, folder: Path) -> list[str]:
+    """Names of the Linear layers of a folder's network that are no block's matrix: embedders, modulation, output."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        if hasattr(part_class, "load_config"):
+            network = part_class.from_config(part_class.load_config(str(folder), local_files_only=True))
+        else:
+            network = part_class(part_class.config_class.from_pretrained(str(folder), local_files_only=True))
+    return [
+        name for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and not is_block_matrix(module, name)
+    ]  # fmt: skip
+
+
+def _nf4(library: str, dtype: torch.dtype, kept: list[str]) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise TriptychError("quantisation nf4 needs the package bitsandbytes: pip install bitsandbytes, or take int8")
     import diffusers
     import transformers
 
     config = {"diffusers": diffusers, "transformers": transformers}[library].BitsAndBytesConfig
-    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return config(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+    )
 
 
 @contextmanager

@@ -35,13 +35,13 @@ export interface Settings {
   view_rerolls: number;
 }
 
-/** view_steps 0: the model's own number, at which it was tuned. */
+/** view_steps 0: the model's own number, at which it was tuned; more are not better with every model. */
 export type Quality = Pick<Settings, "ensemble" | "texture_size" | "target_faces" | "view_steps" | "view_rerolls">;
 
 export const QUALITIES: Record<"quick" | "standard" | "fine", Quality> = {
-  quick: { ensemble: 1, texture_size: 512, target_faces: 6000, view_steps: 4, view_rerolls: 0 },
+  quick: { ensemble: 1, texture_size: 512, target_faces: 6000, view_steps: 0, view_rerolls: 0 },
   standard: { ensemble: 4, texture_size: 1024, target_faces: 12000, view_steps: 0, view_rerolls: 2 },
-  fine: { ensemble: 8, texture_size: 2048, target_faces: 30000, view_steps: 16, view_rerolls: 4 },
+  fine: { ensemble: 8, texture_size: 2048, target_faces: 30000, view_steps: 0, view_rerolls: 4 },
 };
 
 // The mesh is reduced and painted after the reconstruction, so that a change of either leaves the longest part cached.
