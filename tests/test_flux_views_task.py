@@ -232,6 +232,8 @@ def test_training_resumes_bit_for_bit_and_exports_a_whole_model(cache, tmp_path)
     verify_files(folders[0], card)
     assert (card.panel_size, card.background, card.max_sequence_length) == (64, (1.0, 0.0, 1.0), 24)
     assert card.provenance["step"] == 4
+    readme = (folders[0] / "README.md").read_text()
+    assert "64 px a view" in readme and "weights of our own" in readme and "only the words" not in readme
     texts = {file.name: file.read_text() for file in folders[0].rglob("*.json")}
     assert "config.json" in texts and not any(
         place in text for text in texts.values() for place in (str(tmp_path), str(klein_folder()))

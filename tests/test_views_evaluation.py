@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,8 +16,8 @@ from scipy import ndimage
 from trainer import views_meshes
 from trainer.views_evaluation import LastSheet, evaluate_views
 from trainer.views_evaluation import fitted as fitted_views
-from trainer.views_metrics import PSNR_CAP_DB, fitted, hull_agreement, surface_scores, view_scores
-from trainer.views_tables import COMPARED, markdown
+from trainer.views_metrics import PSNR_CAP_DB, fitted, hull_agreement, load_lpips, surface_scores, view_scores
+from trainer.views_tables import COMPARED, markdown, view_table
 from trainer.views_text import Known, colour_family, judged, ranked_nouns, rates, silhouettes_of
 from trainer.views_truth import PROTOCOL_FILE, load_protocol, lone, named, true_object
 from triptych.errors import TriptychError
@@ -134,6 +136,40 @@ def test_a_fitted_sheet_has_the_photographs_scale_and_lies_in_the_middle() -> No
     assert not found["right"].any()
     unknown = fitted_views(photo, panels | {"front": panels["right"]})
     assert view_scores(unknown["left"], slab(19, 22, 27, 20))["iou"] > 0.95, "without a front all heights are equal"
+
+
+class FakeLpips(torch.nn.Module):
+    """Mean absolute difference, of pictures in the range that the real network takes."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        assert net == "alex"
+
+    def forward(self, a, b):
+        assert a.shape == b.shape == (1, 3, 16, 16) and -1 <= float(a.min()) < -0.9 and 0.9 < float(b.max()) <= 1
+        return (a - b).abs().mean()
+
+
+def test_lpips_is_measured_where_it_is_installed_and_told_where_not(monkeypatch) -> None:
+    found, truth = (np.ones((16, 16, 4), np.float32) for _ in range(2))
+    found[..., :3] = 0.0
+    heard: list[str] = []
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert load_lpips(heard.append) is None and "pip install lpips" in heard[-1]
+    module = types.ModuleType("lpips")
+    monkeypatch.setitem(sys.modules, "lpips", module)
+    module.LPIPS = FakeLpips
+    measure = load_lpips(heard.append)
+    assert view_scores(found, truth, measure)["lpips"] == pytest.approx(2.0) and len(heard) == 1
+    assert "lpips" not in view_scores(found, truth)
+    rows = {"model": {name: {"psnr": 1.0, "ssim": 0.5, "iou": 0.5, "lpips": 0.25} for name in (*COMPARED, "mean")}}
+    assert "LPIPS mean" in view_table(rows) and "0.250" in view_table(rows)
+
+    def without_weights(**options):
+        raise OSError("no network")
+
+    module.LPIPS = without_weights
+    assert load_lpips(heard.append) is None and "AlexNet weights could not be had: no network" in heard[-1]
 
 
 # --- the protocol --------------------------------------------------------------------------------------------------

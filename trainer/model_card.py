@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from triptych.flux.card import ViewsCard
 from triptych.geometry.files import write_files
 
 QUALITY_MARKS = ("<!-- quality -->", "<!-- /quality -->")
@@ -45,19 +46,20 @@ def write_model_card(folder: Path, provenance: dict[str, Any], records: list[dic
     write_files(folder, {"README.md": "\n".join(lines).encode()})
 
 
-def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dict]) -> None:
-    """``folder``/README.md of a Flux multi-view model; records: what is said of the training sheets, one a sheet."""
+def write_views_card(folder: Path, card: ViewsCard, records: list[dict], base: str = "") -> None:
+    """``folder``/README.md of a Flux multi-view model; records: what is said of the training sheets, one a sheet.
+
+    base: what it was fine-tuned from, "" for weights that started from random ones.
+    """
     own = list({record["key"]: record for record in records}.values())
     lines = [
         f"# {folder.name}: words or views -> a sheet of four views",
         "",
-        "A small model of FLUX.2 klein's architecture with weights of our own (Apache-2.0), trained from random ones:",
-        "transformer, autoencoder, text encoder and tokenizer in diffusers' layout, with hashes in `views.json`.",
-        "It holds nothing of any published Flux checkpoint. `docs/flux_training.md` says how it is trained.",
+        *(_tuned(card, base) if base else _OWN),
         "",
         "## Training",
         "",
-        *_training(provenance),
+        *_training(card.provenance),
         "",
         f"{len(records)} sheets of {len(own)} objects: the training split of the prepared data, as they are,",
         "recoloured, mirrored and turned. Evaluation objects were not among them.",
@@ -65,9 +67,9 @@ def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dic
         *_QUALITY,
         "## Limits",
         "",
-        "- Sheets of 256 px, 128 px a view. Soft: it predicts what a side view is like on average, not its details.",
-        "- English, lower case, and only the words in `views.json`; it has seen mostly stylised, low-poly objects.",
-        "- One object, level, cut out. What no view shows is made up.",
+        f"- Sheets of {2 * card.panel_size} px, {card.panel_size} px a view.",
+        *(_SMALL if card.vocabulary is not None else ()),
+        "- It has seen one object at a time, level, cut out. What no view shows is made up.",
         "",
         "## Data and credits",
         "",
@@ -75,6 +77,25 @@ def write_views_card(folder: Path, provenance: dict[str, Any], records: list[dic
         "",
     ]
     write_files(folder, {"README.md": "\n".join(lines).encode()})
+
+
+_OWN = (
+    "A small model of FLUX.2 klein's architecture with weights of our own (Apache-2.0), trained from random ones:",
+    "transformer, autoencoder, text encoder and tokenizer in diffusers' layout, with hashes in `views.json`.",
+    "It holds nothing of any published Flux checkpoint. `docs/flux_training.md` says how it is trained.",
+)
+_SMALL = (
+    "- Soft: it predicts what a side view is like on average, not its details.",
+    "- English, lower case, and only the words in `views.json`.",
+)
+
+
+def _tuned(card: ViewsCard, base: str) -> list[str]:
+    what = "A LoRA of" if card.lora else "The whole of"
+    return [
+        f"{what} {base}, fine-tuned; its licence ({card.licence}) holds for this too. Hashes are in `views.json`.",
+        "`docs/flux_training.md` says how it is trained.",
+    ]
 
 
 def fill_quality(card: Path, text: str) -> None:

@@ -348,9 +348,9 @@ class FluxViewsTask(Task):
             write_whole(model, folder, self.parts)
         else:
             self.parts.save(model, folder)
-        write_card(folder, card)
-        if not self.base:
-            write_views_card(folder, provenance, self.data.said)
+        card = write_card(folder, card)
+        base = Path(self.base.source).name if self.base and Path(self.base.source).exists() else ""
+        write_views_card(folder, card, self.data.said, base or (self.base.source if self.base else ""))
 
     def _earlier(self) -> dict[str, Any]:
         """Where the parts come from, when they were trained here."""
