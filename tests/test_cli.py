@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_bundle import make_field_bundle, make_tiny_bundle
 
 import triptych
 from triptych.cli import arguments, main
+from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.geometry.files import MESH_SUFFIXES, read_mesh, write_mesh, write_obj
 from triptych.geometry.mesh import Material, Mesh
@@ -381,3 +383,16 @@ def test_views_with_a_bundle_without_decoder(pictures, tmp_path, capsys):
     )  # fmt: skip
     assert (code, stderr) == (0, "")
     assert len(read_mesh(tmp_path / "out.ply").faces) == json.loads(stdout)["faces"] > 100
+
+
+def test_a_workflow_of_ours_goes_by_its_name(tmp_path, monkeypatch):
+    from triptych.cli.api import workflow_file
+
+    monkeypatch.chdir(tmp_path)
+    assert workflow_file(Path("turntable")).name == "turntable.api.json"
+    for there in ("mine.json", "folder/turntable"):
+        assert workflow_file(Path(there)) == Path(there)
+    (tmp_path / "turntable").write_text("{}")
+    assert workflow_file(Path("turntable")) == Path("turntable")
+    with pytest.raises(TriptychError, match="there is no workflow turntables: choose clean_and_texture, image_to_obj"):
+        workflow_file(Path("turntables"))

@@ -166,9 +166,7 @@ def test_an_exported_lora_is_what_was_trained_and_makes_sheets(lora_run, tmp_pat
     verify_files(folder, card)
     assert (card.architecture, card.lora, card.panel_size) == ("flux2-klein", "lora.safetensors", 64)
     readme = (folder / "README.md").read_text()
-    assert (
-        f"A LoRA of {klein_folder().name}, fine-tuned" in readme and card.licence in readme
-    )
+    assert f"A LoRA of {klein_folder().name}, fine-tuned" in readme and card.licence in readme
     assert (folder / card.base).resolve() == klein_folder().resolve() and not Path(card.base).is_absolute()
     assert str(tmp_path) not in (folder / "views.json").read_text()
 

@@ -107,6 +107,17 @@ def test_the_readmes_commands_and_options_exist(words):
     assert unknown == []
 
 
+def test_the_readmes_workflow_is_there_and_needs_no_other_picture():
+    from triptych.api.graph import read_workflow
+    from triptych.cli.api import workflow_file
+
+    (words,) = [words[3:] for words in commands(ROOT / "README.md") if words[2] == "api"]
+    graph = read_workflow(workflow_file(Path(words[0])))
+    given = {word.partition("=")[0] for word in words if "=" in word}
+    asked = {node["_meta"]["title"] for node in graph.values() if node["class_type"] == "LoadImage"}
+    assert given == asked
+
+
 def test_recipes_named_in_the_readme_exist():
     pytest.importorskip("accelerate", reason="the trainer needs its extra: pip install -e .[train]")
     from trainer.recipes import build_recipe

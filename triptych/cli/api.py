@@ -13,6 +13,7 @@ from .arguments import UsageError
 from .report import to_json, warn
 
 DEFAULT = "http://127.0.0.1:8188"  # where ComfyUI listens unless told otherwise
+_WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 SHOW_S = 5.0  # between lines about one node, where stderr is a file
 PRINT_SHARE = 0.005  # of a node's work
 
@@ -22,7 +23,7 @@ def api(args: argparse.Namespace) -> int:
     from ..api import Server, read_workflow, run_workflow
 
     servers = [Server(url) for url in dict.fromkeys(args.server or [DEFAULT])]
-    workflow = read_workflow(args.workflow)
+    workflow = read_workflow(workflow_file(args.workflow))
     if args.print_api:
         print(json.dumps(_graph(workflow, servers, args), indent=2))
         return 0
@@ -61,6 +62,16 @@ def api(args: argparse.Namespace) -> int:
     }
     print(to_json(summary))
     return 0
+
+
+def workflow_file(named: Path) -> Path:
+    """The file, or the one of that name among the repository's own. Raises TriptychError for another bare name."""
+    own = {path.name.removesuffix(".api.json"): path for path in sorted(_WORKFLOWS.glob("*.api.json"))}
+    if named.exists() or named.suffix or len(named.parts) != 1 or not own:
+        return named
+    if named.name not in own:
+        raise TriptychError(f"there is no workflow {named}: choose {', '.join(own)}, or name a JSON file")
+    return own[named.name]
 
 
 def _graph(workflow: dict, servers: list, args: argparse.Namespace) -> dict:

@@ -294,7 +294,7 @@ def _add_api(commands: argparse._SubParsersAction) -> None:
         description="Queues a ComfyUI workflow, in API form or as the editor saves it, follows it and downloads what "
         "it makes. Ctrl-C cancels the job. Prints a JSON summary.",
     )
-    api.add_argument("workflow", type=Path, metavar="WORKFLOW", help="a JSON file, such as one of workflows/")
+    api.add_argument("workflow", type=Path, metavar="WORKFLOW", help="a JSON file, or the name of one of workflows/")
     api.add_argument(
         "--input",
         action="append",
