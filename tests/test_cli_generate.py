@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from fake_views import FakeViews, blank, truth
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_bundle import make_tiny_bundle
 
 from triptych.cli import arguments, main
@@ -274,3 +274,18 @@ def test_drawn_views_are_reconstructed_as_the_pipeline_left_them(capsys, monkeyp
     assert views.generated == (90.0, 180.0, 270.0) and views.seen.names == ("front",)
     heights = {name: int((mask > 0.5).any(dim=1).sum()) for name, mask in zip(views.names, views.masks, strict=True)}
     assert heights["left"] < 0.6 * heights["front"] and heights["back"] == heights["front"]
+
+
+def test_what_is_wrong_with_a_photo_reaches_whoever_asked(fake, bundle, tmp_path, capsys):
+    """Two objects, one of which the picture cuts off: sentences in the summary and on stderr."""
+    picture = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(picture).ellipse((20, 60, 110, 150), fill=(40, 90, 160))
+    ImageDraw.Draw(picture).ellipse((220, 60, 330, 150), fill=(160, 60, 40))
+    picture.save(tmp_path / "two.png")
+    words = ["generate", tmp_path / "two.png", "-o", tmp_path / "two.obj", "--bundle", bundle]
+    code, stdout, stderr = run(capsys, *words, *[word for word in SMALL if word != "--quiet"])
+    assert code == 0
+    said = json.loads(stdout)["warnings"]
+    for sentence in ("the front view: 2 separate objects found", "the front view: the object touches the right"):
+        assert any(sentence in warning for warning in said), said
+        assert sentence in stderr

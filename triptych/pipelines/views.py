@@ -309,11 +309,9 @@ def put_together(
         dict(pictures.items()), size=size, foreground="alpha", heights=dict(heights.items()) if heights else None
     )
     view_set = _in_known_outlines(replace(view_set, generated=tuple(map(azimuth_of, drawn))))
-    # The checks have spoken about the drawn panels, in words that fit them, and the given ones are prepared already.
-    notes = [note for note in view_set.warnings if not any(note.startswith(f"the {name} view: ") for name in pictures)]
-    if left_out:
-        notes.append(f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it")
-    return view_set, notes
+    # The checks have spoken about the drawn panels, in words that fit them, and preparing the given views about these.
+    notes = [f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it"] if left_out else []
+    return replace(view_set, warnings=()), notes
 
 
 def in_sheet_scale(
