@@ -364,7 +364,7 @@ def put_together(
     """The view set of a drawn IMAGE and the plan's given views, and all warnings."""
     from ..triptych.flux.card import default_card
     from ..triptych.flux.panels import check_views, cut_sheet, grouped
-    from ..triptych.pipelines.views import put_together as one_set
+    from ..triptych.pipelines.drawn_views import put_together as one_set
 
     given = plan.given if plan else None
     missing = plan.missing if plan else NAMES

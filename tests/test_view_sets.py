@@ -276,27 +276,3 @@ def test_bad_sheets(four):
 def test_sheet_from_a_picture_file(four, tmp_path):
     path = write_png(join_sheet(four, "row"), tmp_path / "row.png")
     np.testing.assert_array_equal(split_sheet(path)["left"], read_image(path).rgba[:, 128:256])
-
-
-def test_views_may_differ_in_height_where_it_is_known(tmp_path):
-    """Without heights all views are equally high; a height of its own scales a view alone."""
-    pictures = {"front": card(40, 20), "left": card(30, 10)}
-    boxes = [alpha_box(image[3].numpy()) for image in prepare_views(pictures, size=128).images]
-    (_, top, _, bottom), (_, own_top, _, own_bottom) = boxes
-    assert bottom - top == pytest.approx(own_bottom - own_top, abs=0.5)
-    made = prepare_views(pictures, size=128, heights={"left": 1.0, 0: 2.0})
-    (left, top, right, bottom), side = (alpha_box(image[3].numpy()) for image in made.images)
-    assert right - left == pytest.approx(0.85 * 128, abs=0.7) and bottom - top == pytest.approx(0.425 * 128, abs=0.7)
-    assert side[3] - side[1] == pytest.approx((bottom - top) / 2, abs=0.7)
-    assert side[2] - side[0] == pytest.approx(1.5 * (bottom - top), abs=1)
-    for heights in ({"front": 1.0}, {"front": 1.0, "left": 0.0}, {"front": 1.0, "left": 1.0, "back": 1.0}):
-        with pytest.raises(TriptychError, match="must be one positive number for each view: give them for front, left"):
-            prepare_views(pictures, size=128, heights=heights)
-
-
-def card(width, height):
-    """A grey card in the middle of a transparent picture."""
-    picture = np.zeros((64, 64, 4), dtype=np.float32)
-    top, left = (64 - height) // 2, (64 - width) // 2
-    picture[top : top + height, left : left + width] = (0.5, 0.5, 0.5, 1.0)
-    return picture

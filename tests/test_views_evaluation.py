@@ -127,7 +127,7 @@ def test_a_fitted_sheet_has_the_photographs_scale_and_lies_in_the_middle() -> No
         return view
 
     photo, side = slab(12, 22, 40, 20), slab(16, 20, 32, 24)
-    panels = {"front": slab(30, 4, 20, 10), "left": slab(3, 40, 16, 12), "back": slab(30, 4, 20, 10)}
+    panels = {"front": slab(30, 4, 20, 10), "left": slab(3, 3, 16, 12), "back": slab(30, 4, 20, 10)}
     panels["right"] = np.zeros_like(photo)
     found = fitted_views(photo, panels)
     for name, wanted in (("left", side), ("back", photo)):

@@ -14,14 +14,14 @@ from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.foreground import alpha_box
 from triptych.images.sheets import split_sheet
 from triptych.images.views import prepare_views
-from triptych.pipelines.views import (
-    ViewSettings,
+from triptych.pipelines.drawn_views import (
+    contradicts,
     in_known_colours,
     in_mirrored_outline,
-    in_sheet_scale,
     put_together,
-    views_from_prompt,
+    sheet_frame,
 )
+from triptych.pipelines.views import ViewSettings, views_from_prompt
 from triptych.sampling.flow_euler import Cancelled
 
 
@@ -115,28 +115,58 @@ def test_a_drawn_view_takes_the_mirrored_outline_of_the_given_opposite_one():
     assert not np.array_equal(lone.views["right"][..., 3], lone.views["left"][:, ::-1, 3])
 
 
+def slab(width, height, middle=64):
+    """A grey rectangle in a panel of 128, its middle in that row."""
+    view = np.zeros((128, 128, 4), dtype=np.float32)
+    view[middle - height // 2 : middle + height // 2, 64 - width // 2 : 64 + width // 2] = (0.5, 0.5, 0.5, 1.0)
+    return view
+
+
+def boxes_of(views):
+    return [alpha_box(image[3].numpy()) for image in views.images]
+
+
 def test_drawn_views_keep_the_scale_that_the_given_ones_panel_shows():
     """A flat object whose side is drawn a third too high: by its height the side would shrink by a quarter."""
-
-    def slab(width, height):
-        view = np.zeros((128, 128, 4), dtype=np.float32)
-        view[64 - height // 2 : 64 + height // 2, 64 - width // 2 : 64 + width // 2] = (0.5, 0.5, 0.5, 1.0)
-        return view
-
     known = {"front": slab(108, 12)}
     panels = {"front": slab(54, 6), "left": slab(30, 8), "back": slab(54, 6), "right": slab(30, 8)}
-    heights = in_sheet_scale(panels, known, ("left", "right"))
-    assert heights == pytest.approx({"front": 12, "left": 16, "right": 16})
-    assert in_sheet_scale(panels | {"front": blank(known["front"])}, known, ("left",)) is None
-    assert in_sheet_scale(panels, {}, ("front", "left")) is None
-    small = panels | {"front": slab(16, 10)}  # a given view that is hardly drawn must not blow the others up
-    assert in_sheet_scale(small, known, ("left",)) == {"front": 12, "left": 24}
+    assert sheet_frame(panels, known) == pytest.approx((2.0, 64.0))
+    assert sheet_frame(panels | {"front": blank(known["front"])}, known) is None and sheet_frame(panels, {}) is None
     cut = np.roll(known["front"], 20, axis=1)
-    assert in_sheet_scale(panels | {"front": cut}, known, ("left",)) is None, "cut off at the border"
+    assert sheet_frame(panels | {"front": cut}, known) is None, "cut off at the border"
+    made, notes = put_together(prepare_views(known, size=128), panels, ("left", "back", "right"), 128)
+    widths = [box[2] - box[0] for box in boxes_of(made)]
+    assert widths == pytest.approx([108.8, 60.4, 108.8, 60.4], abs=1.5) and notes == []
+
+
+def test_a_drawn_view_lies_where_it_lies_in_its_sheet_and_given_ones_make_room():
+    """A side whose lowest tenth was lost stays where it is; one that is deeper than the front sets the scale."""
+    known = {"front": slab(40, 108)}
+    panels = {name: slab(20, 54, 60) for name in VIEW_NAMES} | {"left": slab(24, 48, 57)}
     given = prepare_views(known, size=128)
-    made, _ = put_together(given, panels, ("left", "back", "right"), 128)
-    widths = [box[2] - box[0] for box in (alpha_box(image[3].numpy()) for image in made.images)]
-    assert widths == pytest.approx([108.8, 60.4, 108.8, 60.4], abs=1.5)
+    made, notes = put_together(given, panels, ("left", "back", "right"), 128)
+    front, left, _, right = boxes_of(made)
+    assert front[3] - front[1] == pytest.approx(108.8, abs=0.5) and right == pytest.approx(front, abs=1)
+    assert left[1] == pytest.approx(front[1], abs=1) and left[3] == pytest.approx(front[3] - 12, abs=1.2)
+    assert torch.equal(made.images[0], given.images[0]) and notes == []
+    deep = panels | {"left": slab(108, 54, 60), "right": slab(108, 54, 60)}
+    made, _ = put_together(given, deep, ("left", "back", "right"), 128)
+    front, left, *_ = boxes_of(made)
+    assert left[2] - left[0] == pytest.approx(108.8, abs=1) and front[3] - front[1] == pytest.approx(54.4, abs=1)
+
+
+def test_a_drawn_view_that_lacks_what_the_given_ones_show_is_left_out():
+    """Legs that were too thin to be drawn: a reconstruction would carve them away."""
+    known = {"front": slab(40, 108)}
+    panels = {name: slab(20, 54, 60) for name in VIEW_NAMES} | {"left": slab(24, 20, 43), "right": slab(24, 90, 62)}
+    assert contradicts("left", panels, known) and contradicts("right", panels, known)
+    assert not contradicts("back", panels, known)
+    made, notes = put_together(prepare_views(known, size=128), panels, ("left", "back", "right"), 128)
+    assert made.names == ("front", "back") and made.generated == (180.0,)
+    assert notes == [
+        f"the {name} panel disagrees with the given views about the object's height: the set goes on without it"
+        for name in ("left", "right")
+    ]
 
 
 def test_drawn_colours_are_moved_as_the_given_view_shows():

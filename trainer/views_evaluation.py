@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from trainer.prepare.shards import write_json
 from trainer.views_metrics import Lpips, hull_agreement, load_lpips, silhouette, view_scores
@@ -36,6 +35,7 @@ from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.files import resize_premultiplied
 from triptych.images.foreground import alpha_box
 from triptych.images.sheets import flatten
+from triptych.images.views import place_view
 from triptych.render.sheets import contact_sheet
 
 if TYPE_CHECKING:
@@ -213,31 +213,22 @@ def resized(panel: np.ndarray, size: int) -> np.ndarray:
 
 def fitted(photo: np.ndarray, panels: Panels) -> Panels:
     """The compared panels as the pipeline leaves them where the front is given, at the photograph's true size."""
-    from triptych.pipelines.views import in_known_colours, in_mirrored_outline, in_sheet_scale
+    from triptych.pipelines.drawn_views import in_known_colours, in_mirrored_outline, sheet_frame
 
     moved, known = in_known_colours(panels, {"front": photo}), {"front": photo}
-    there = [name for name in COMPARED if silhouette(moved[name]).any()]
-    heights = in_sheet_scale(moved, known, there) or dict.fromkeys(there, box_height(photo))
-    views = moved | {name: centred(moved[name], heights[name]) for name in there}
-    return {name: views[name] for name in COMPARED} | {"back": in_mirrored_outline(views["back"], photo)}
+    told = sheet_frame(moved, known)
+    views = {name: _placed(moved[name], photo, told) for name in COMPARED}
+    return views | {"back": in_mirrored_outline(views["back"], photo)}
 
 
-def box_height(view: np.ndarray) -> float:
-    """Of the silhouette of a view (S, S, 4), in pixels."""
-    _, top, _, bottom = alpha_box(view[..., 3])
-    return bottom - top
-
-
-def centred(panel: np.ndarray, height: float) -> np.ndarray:
-    """The panel (S, S, 4) resampled so that its silhouette is ``height`` pixels high and in the middle."""
+def _placed(panel: np.ndarray, photo: np.ndarray, told: tuple[float, float] | None) -> np.ndarray:
+    """A panel (S, S, 4) at the photograph's scale, by what the sheet tells, else at its height; empty ones stay."""
+    if not silhouette(panel).any():
+        return panel
     left, top, right, bottom = alpha_box(panel[..., 3])
-    scale = (bottom - top) / height  # source pixels per pixel
-    middle = (len(panel) - 1) / 2
-    offset = [(low + high) / 2 - 0.5 - scale * middle for low, high in ((top, bottom), (left, right))]
-    solid = np.concatenate([panel[..., :3] * panel[..., 3:], panel[..., 3:]], axis=-1)
-    planes = [ndimage.affine_transform(solid[..., i], [scale, scale], offset, order=1) for i in range(4)]
-    moved = np.stack(planes, axis=-1)
-    return np.concatenate([moved[..., :3] / moved[..., 3:].clip(1e-4), moved[..., 3:]], axis=-1).clip(0, 1)
+    _, true_top, _, true_bottom = alpha_box(photo[..., 3])
+    scale, middle = told or ((true_bottom - true_top) / (bottom - top), (top + bottom) / 2)
+    return place_view(panel, ((left + right) / 2, middle), scale, len(photo))
 
 
 def _ceilings(model: FluxViews, item: TrueObject) -> list[tuple[str, Panels]]:

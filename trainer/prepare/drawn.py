@@ -39,7 +39,8 @@ from triptych.flux.prompts import fill_template
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.foreground import alpha_box
 from triptych.images.views import ViewSet, prepare_views
-from triptych.pipelines.views import given_references, put_together
+from triptych.pipelines.drawn_views import put_together
+from triptych.pipelines.views import given_references
 
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json

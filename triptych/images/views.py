@@ -136,23 +136,14 @@ def view_name(azimuth_deg: float) -> str:
     return f"{azimuth_deg:g}"
 
 
-def prepare_views(
-    sources: Mapping[ViewKey, ImageSource],
-    *,
-    size: int = 256,
-    foreground: str = "auto",
-    heights: Mapping[ViewKey, float] | None = None,
-) -> ViewSet:
+def prepare_views(sources: Mapping[ViewKey, ImageSource], *, size: int = 256, foreground: str = "auto") -> ViewSet:
     """One to four pictures of an object -> a view set.
 
     sources: view name (front, left, back, right: the subject's sides) or azimuth in degrees -> a path, a PIL image, or
         an array (H, W, 3|4). Sizes and croppings may differ. size: side of the frame in pixels, 16-4096.
     foreground: "auto", "alpha", "plain" or "matting", see `extract_foreground`.
-    heights: how high the object is in each view, in one unit; None where nothing is known: all views are equally high.
-        A drawn sheet says it, where a drawing's own height is a poor measure of its scale.
-    A prepared set of equal heights, prepared again, is unchanged. Raises TriptychError: no views, more than four, a
-    doubled or unknown view, heights that are not positive or not of these views, and whatever reading and cutting out
-    raise.
+    A prepared set, prepared again, is unchanged. Raises TriptychError: no views, more than four, a doubled or unknown
+    view, and whatever reading and cutting out raise.
     """
     if not 16 <= size <= 4096:
         raise TriptychError(f"the size of a view must be 16-4096 pixels, got {size}")
@@ -169,8 +160,7 @@ def prepare_views(
         found = extract_foreground(read.rgba, has_alpha=read.has_alpha, method=foreground, label=label)
         cut.append(found)
         notes += found.warnings
-    shares = _heights(heights, azimuths)
-    frames, boxes = _fit_set([found.rgba for found in cut], [found.box for found in cut], size, shares)
+    frames, boxes = _fit_set([found.rgba for found in cut], [found.box for found in cut], size)
     notes += _compare_opposites(azimuths, boxes)
     images = np.stack([bleed(frame).transpose(2, 0, 1) for frame in frames])
     return ViewSet(torch.from_numpy(np.ascontiguousarray(images)), azimuths, tuple(notes))
@@ -198,36 +188,20 @@ def _check_azimuths(azimuths: tuple[float, ...]) -> None:
         raise TriptychError(f"the {view_name(doubled[0])} view (azimuth {doubled[0]:g}) is given twice; give it once")
 
 
-def _heights(heights: Mapping[ViewKey, float] | None, azimuths: tuple[float, ...]) -> list[float]:
-    if heights is None:
-        return [1.0] * len(azimuths)
-    known = {azimuth_of(key): float(height) for key, height in heights.items()}
-    if set(known) != set(azimuths) or not all(0 < height < np.inf for height in known.values()):
-        given = ", ".join(f"{view_name(azimuth)} {height:g}" for azimuth, height in known.items())
-        raise TriptychError(
-            f"the heights ({given}) must be one positive number for each view: give them for "
-            f"{', '.join(map(view_name, azimuths))}, or leave them out"
-        )
-    return [known[azimuth] for azimuth in azimuths]
-
-
 Box = tuple[float, float, float, float]
 
 
-def _fit_set(
-    cut: list[np.ndarray], boxes: list[Box], size: int, shares: list[float]
-) -> tuple[list[np.ndarray], list[Box]]:
+def _fit_set(cut: list[np.ndarray], boxes: list[Box], size: int) -> tuple[list[np.ndarray], list[Box]]:
     """Frames (size, size, 4) and the silhouettes' boxes in them, for cut-outs with boxes in their own pixels.
 
     Resampling moves the 0.5 level of a pointed tip. So boxes are measured again in the frame, mapped
     back, and the fit is repeated: what counts is the size the views have in the end.
     """
     for _ in range(3):
-        scales = _scales(boxes, size, shares)
+        scales = _scales(boxes, size)
         frames = [_place(image, box, scale, size) for image, box, scale in zip(cut, boxes, scales, strict=True)]
         measured = [alpha_box(frame[..., 3]) for frame in frames]
-        fitted = _scales(measured, size, shares)
-        if all(_is_fitted(box, scale, size) for box, scale in zip(measured, fitted, strict=True)):
+        if all(_is_fitted(box, scale, size) for box, scale in zip(measured, _scales(measured, size), strict=True)):
             break
         boxes = [
             _back_to_source(new, old, scale, size) for new, old, scale in zip(measured, boxes, scales, strict=True)
@@ -235,11 +209,11 @@ def _fit_set(
     return frames, measured
 
 
-def _scales(boxes: list[Box], size: int, shares: list[float]) -> list[float]:
-    """Frame pixels per source pixel, per view: heights as their shares, the set's largest extent fills FRAME_FILL."""
-    units = [share / (bottom - top) for (_, top, _, bottom), share in zip(boxes, shares, strict=True)]
-    widths = [(right - left) * unit for (left, _, right, _), unit in zip(boxes, units, strict=True)]
-    return [FRAME_FILL * size / max(*shares, *widths) * unit for unit in units]
+def _scales(boxes: list[Box], size: int) -> list[float]:
+    """Frame pixels per source pixel, per view: equal heights, and the set's largest extent fills FRAME_FILL."""
+    heights = [bottom - top for _, top, _, bottom in boxes]
+    widths = [(right - left) / height for (left, _, right, _), height in zip(boxes, heights, strict=True)]
+    return [FRAME_FILL * size / max(1.0, *widths) / height for height in heights]
 
 
 def _is_fitted(box: Box, scale: float, size: int) -> bool:
@@ -253,8 +227,14 @@ def _place(image: np.ndarray, box: Box, scale: float, size: int) -> np.ndarray:
     """The square around the box's centre that becomes the frame, resampled to (size, size, 4)."""
     if image.shape[:2] == (size, size) and _is_fitted(box, scale, size):
         return image
+    return place_view(image, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), scale, size)
+
+
+def place_view(image: np.ndarray, centre: tuple[float, float], scale: float, size: int) -> np.ndarray:
+    """A picture (H, W, 4) resampled to a frame (size, size, 4): ``centre``, its column and row in pixels, becomes the
+    frame's middle, and each of its pixels ``scale`` of the frame's."""
     half = size / scale / 2
-    centre_x, centre_y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    centre_x, centre_y = centre
     left, top = int(np.floor(centre_x - half)), int(np.floor(centre_y - half))
     side = int(np.ceil(2 * half)) + 2
     window = np.zeros((side, side, 4), dtype=np.float32)

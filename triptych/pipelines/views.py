@@ -11,7 +11,7 @@ callbacks and touch no files but the model's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from ..errors import TriptychError
-from ..flux.panels import check_panel, check_views, cut_sheet, grouped, is_empty, lost_in_key, with_mirror_images
+from ..flux.panels import check_views, cut_sheet, grouped, lost_in_key, with_mirror_images
 from ..flux.prompts import check_prompt, fill_template, require_prompt
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
-from ..images.foreground import alpha_box
 from ..images.sheets import flatten, join_sheet
-from ..images.views import ViewKey, ViewSet, azimuth_of, bleed, prepare_views, view_name
+from ..images.views import ViewKey, ViewSet, azimuth_of, prepare_views, view_name
 from ..sampling.flow_euler import Cancelled
+from .drawn_views import put_together
 from .reconstruct import Cancel, Progress, _Clock
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from ..flux.card import ViewsCard
 
 MAX_REROLLS = 100
-_GAINS = (0.8, 1.25)  # a blurred drawing has less contrast for that alone
 _SEEDS = 2**63
 _LOST_SHARE = 0.03
 
@@ -285,106 +284,6 @@ def _report(attempts: list[_Attempt], best: _Attempt) -> list[str]:
             "prompt"
         )
     return notes
-
-
-# --- putting the views together ------------------------------------------------------------------------------------
-
-
-def put_together(
-    given: ViewSet | None, panels: dict[str, np.ndarray], missing: tuple[str, ...], size: int
-) -> tuple[ViewSet, list[str]]:
-    """One set at one scale from the given views and the panels of the missing ones; sentences about what is left out.
-
-    Raises TriptychError when every panel is empty and nothing was given.
-    """
-    known = {} if given is None else dict(zip(given.names, given.images.permute(0, 2, 3, 1).numpy(), strict=True))
-    panels = in_known_colours(panels, known)
-    drawn = {name: panels[name] for name in missing if not is_empty(panels[name])}
-    left_out = [name for name in missing if name not in drawn]
-    pictures = {**drawn, **known}
-    if not pictures:
-        raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
-    heights = in_sheet_scale(panels, known, list(drawn))
-    view_set = prepare_views(
-        dict(pictures.items()), size=size, foreground="alpha", heights=dict(heights.items()) if heights else None
-    )
-    view_set = _in_known_outlines(replace(view_set, generated=tuple(map(azimuth_of, drawn))))
-    # The checks have spoken about the drawn panels, in words that fit them, and preparing the given views about these.
-    notes = [f"the {' and '.join(left_out)} panel stayed empty: the set goes on without it"] if left_out else []
-    return replace(view_set, warnings=()), notes
-
-
-def in_sheet_scale(
-    panels: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray], drawn: Sequence[str]
-) -> dict[str, float] | None:
-    """How high the object is in the known pictures (S, S, 4), which have one height, and in the ``drawn`` ones of the
-    panels (P, P, 4), in one unit.
-
-    A sheet has one scale, and the panels of the known views say which, by the diagonals of their outlines' boxes: the
-    height of something flat says little (on 128 objects that no model has seen, the drawn depth was wrong by .46 in the
-    logarithm, and by .53 when all heights were made equal). None, for equal heights, where no known view was drawn
-    well. A drawn view is at most twice as high or low as it should be.
-    """
-    both = [name for name in known if name in panels and not check_panel(panels[name])]
-    if not both:
-        return None
-    true, made = (np.array([_box_sides(views[name]) for name in both]) for views in (known, panels))
-    unit = float(np.linalg.norm(true) / np.linalg.norm(made))
-    heights = {name: _box_sides(picture)[1] for name, picture in known.items()}
-    usual = max(heights.values())
-    return heights | {name: float(np.clip(unit * _box_sides(panels[name])[1], usual / 2, usual * 2)) for name in drawn}
-
-
-def _box_sides(rgba: np.ndarray) -> tuple[float, float]:
-    """Width and height of an outline in pixels."""
-    left, top, right, bottom = alpha_box(rgba[..., 3])
-    return right - left, bottom - top
-
-
-def in_known_colours(panels: dict[str, np.ndarray], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Panels with the colours of the given pictures: moved and stretched, channel by channel, as the given views' own
-    panels have to be for their means and deviations to be the pictures'.
-
-    A model draws the given views too, so it shows how it changes colours: a small one mixes its background into all of
-    them. Panels and pictures are (S, S, 4) float32 sRGB 0-1 by name. Without a panel to compare they stay.
-    """
-    both = [name for name in known if name in panels and (panels[name][..., 3] > 0.5).any()]
-    if not both:
-        return panels
-    made, true = (
-        np.concatenate([views[name][views[name][..., 3] > 0.5][:, :3] for name in both]) for views in (panels, known)
-    )
-    gain = np.clip((true.std(axis=0) + 0.02) / (made.std(axis=0) + 0.02), *_GAINS)
-    moved = {}
-    for name, panel in panels.items():
-        colours = (panel[..., :3] - made.mean(axis=0)) * gain + true.mean(axis=0)
-        moved[name] = np.concatenate([colours.clip(0, 1), panel[..., 3:]], axis=-1).astype(np.float32)
-    return moved
-
-
-def _in_known_outlines(views: ViewSet) -> ViewSet:
-    """Drawn views that lie opposite to given ones take the mirrored outline of these."""
-    images = views.images.clone()
-    for row, azimuth in enumerate(views.azimuths_deg):
-        across = (azimuth + 180) % 360
-        if azimuth in views.generated and across in views.azimuths_deg and across not in views.generated:
-            drawn, other = (views.images[i].permute(1, 2, 0).numpy() for i in (row, views.azimuths_deg.index(across)))
-            images[row] = torch.from_numpy(in_mirrored_outline(drawn, other)).permute(2, 0, 1)
-    return replace(views, images=images)
-
-
-def in_mirrored_outline(drawn: np.ndarray, opposite: np.ndarray) -> np.ndarray:
-    """A drawn view with the outline that it must have: that of the opposite view, mirrored, as parallel rays leave it.
-
-    Both (S, S, 4) float32 at one scale. Where the drawing shows nothing its nearest colour goes on; an empty one stays.
-    """
-    if not (drawn[..., 3] > 0.5).any():
-        return drawn
-    firm = drawn.copy()
-    firm[..., 3] *= firm[..., 3] > 0.5
-    filled = bleed(firm)
-    filled[..., 3] = opposite[:, ::-1, 3]
-    return filled
 
 
 def _result(
