@@ -25,16 +25,24 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 @dataclass(frozen=True, eq=False)
 class LoadedBundle:
-    """bundle: opened, its networks loaded. patcher: ComfyUI's ModelPatcher over all of them."""
+    """bundle: opened, its files checked. patcher: ComfyUI's ModelPatcher over all of its networks, which are loaded;
+    None of a published bundle, whose pipeline loads one network at a time and drops it after its stage: to ComfyUI
+    there is nothing to move, only room to make. largest: bytes of the largest of these networks."""
 
     bundle: Bundle
-    patcher: Any
+    patcher: Any = None
+    largest: float = 0.0
 
     def load(self, memory_required: float) -> Any:
-        """Has ComfyUI bring the networks to its device, after freeing memory (bytes) for the work; the device."""
-        from comfy.model_management import load_models_gpu
+        """Has ComfyUI bring the networks to its device, or make room for the largest stage, after freeing memory
+        (bytes) for the work; the device."""
+        from comfy import model_management
 
-        load_models_gpu([self.patcher], memory_required=memory_required)
+        if self.patcher is None:
+            device = model_management.get_torch_device()
+            model_management.free_memory(memory_required + self.largest, device)
+            return device
+        model_management.load_models_gpu([self.patcher], memory_required=memory_required)
         return self.patcher.load_device
 
 
@@ -53,7 +61,8 @@ class LoadBundle(io.ComfyNode):
                     "name",
                     options=names,
                     default=names[0],
-                    tooltip="A bundle that comes with the pack, or a folder in models/triptych with a bundle.json. "
+                    tooltip="A bundle that comes with the pack, or a folder in models/triptych with a bundle.json, or "
+                    "with the pipeline.json of published TRELLIS checkpoints. "
                     "triptych-tiny needs no download and runs on a processor.",
                 ),
                 repository_input(),
@@ -84,11 +93,17 @@ class LoadBundle(io.ComfyNode):
 
 
 def opened(bundle: Bundle) -> LoadedBundle:
-    """A bundle with its networks verified, loaded, and known to ComfyUI's memory management."""
+    """A bundle with its networks verified, and, unless its stages load them one by one, loaded and known to ComfyUI's
+    memory management."""
     import torch
     from comfy import model_management
     from comfy.model_patcher import ModelPatcher
 
+    from ..triptych.bundles.published import PublishedBundle
+    from ..triptych.pipelines.published import COMPONENTS
+
+    if isinstance(bundle, PublishedBundle):
+        return LoadedBundle(bundle, largest=max(bundle.component(part).bytes for part in COMPONENTS))
     networks = torch.nn.ModuleDict({part: bundle.network(part) for part in bundle.manifest.components})
     device, offload = model_management.get_torch_device(), model_management.unet_offload_device()
     return LoadedBundle(bundle, ModelPatcher(networks, load_device=device, offload_device=offload))

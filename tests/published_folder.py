@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from triptych.bundles.components import build_component
@@ -110,3 +110,36 @@ def write_published_folder(folder: Path, steps: int = 3, components: tuple[str, 
         (folder / "ckpts" / f"{stem}.json").write_text(entry, encoding="utf-8")
     (folder / "pipeline.json").write_text(json.dumps(pipeline_json(steps), indent=4), encoding="utf-8")
     return folder
+
+
+def write_runnable_folder(folder: Path) -> Path:
+    """The small folder, whose structure decoder's bias leaves about a twentieth of the 16^3 voxels."""
+    write_published_folder(folder)
+    file = folder / "ckpts" / f"{SMALL['structure_decoder'][1]}.safetensors"
+    state = load_file(file)
+    decoder = small_network("structure_decoder", list(SMALL).index("structure_decoder"))
+    latent = torch.randn(1, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoder.convert_to(torch.float32)
+    state["out_layer.2.bias"] -= decoder(latent).quantile(0.95).to(state["out_layer.2.bias"])
+    save_file(state, file)
+    return folder
+
+
+def write_image_encoder(folder: Path) -> Path:
+    """A DINOv2 of one layer as transformers saves it, random, as wide as the small flows' conditions."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = Dinov2WithRegistersConfig(
+        hidden_size=COND_CHANNELS, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=1, image_size=56,
+        patch_size=14, num_register_tokens=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Dinov2WithRegistersModel(config).save_pretrained(folder)
+    return folder
+
+
+def name_image_encoder(folder: Path, encoder: Path) -> None:
+    """Has the folder's pipeline.json name an image encoder that lies on this machine."""
+    data = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    data["args"]["image_cond_model"] = str(encoder)
+    (folder / "pipeline.json").write_text(json.dumps(data), encoding="utf-8")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from published_folder import COND_CHANNELS, SMALL, small_network, write_published_folder
+from published_folder import COND_CHANNELS, small_network, write_runnable_folder
 from torch import nn
 
 from triptych.bundles.bundle import load_bundle
@@ -33,19 +33,7 @@ class ToyEncoder(nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The small bundle, whose decoder's bias leaves about a tenth of the 16^3 voxels."""
-    path = write_published_folder(tmp_path_factory.mktemp("published"))
-    from safetensors.torch import load_file, save_file
-
-    file = path / "ckpts" / f"{SMALL['structure_decoder'][1]}.safetensors"
-    state = load_file(file)
-    decoder = small_network("structure_decoder", list(SMALL).index("structure_decoder"))
-    latent = torch.randn(1, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    decoder.convert_to(torch.float32)
-    logits = decoder(latent)
-    state["out_layer.2.bias"] -= logits.quantile(0.95).to(state["out_layer.2.bias"])
-    save_file(state, file)
-    return path
+    return write_runnable_folder(tmp_path_factory.mktemp("published"))
 
 
 @pytest.fixture(scope="module")
