@@ -136,8 +136,13 @@ def folder_of(name: str) -> Path:
 
 
 def state(folder: Path) -> tuple[Any, ...]:
-    """Changes when a file of the bundle does."""
-    return tuple((path.name, *fingerprint(path)) for path in sorted(folder.iterdir()) if path.is_file())
+    """Changes when a file of the bundle does, also in a folder below, as ckpts."""
+    from ..triptych.bundles.hub import LOCAL_RECORD
+
+    # The record of hashes is written when the bundle is first used, and says nothing new about it.
+    found = (path for pattern in ("*.json", "*.safetensors") for path in folder.rglob(pattern))
+    files = sorted(path for path in found if path.is_file() and path.name != LOCAL_RECORD)
+    return tuple((path.relative_to(folder).as_posix(), *fingerprint(path)) for path in files)
 
 
 def _model_folders() -> list[Path]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..triptych.geometry.mesh import Mesh
 
 FORMATS = ("obj", "glb", "ply", "stl")
-LISTED = 500  # neighbours of an OBJ that count for its fingerprint
 
 
 class LoadMesh(io.ComfyNode):
@@ -53,10 +52,11 @@ class LoadMesh(io.ComfyNode):
     def fingerprint_inputs(cls, file: str | None = None, normalize: bool = False) -> Any:
         if file is None:  # it comes from another node, whose value is not known yet
             return float("nan")
+        from ..triptych.api.companions import companions
+
         path = named_file(file)
-        # An OBJ's look depends on its neighbours, which share its folder.
-        family = path.parent.glob("*") if path.suffix.lower() in (".obj", ".gltf") else [path]
-        return [(other.name, *fingerprint(other)) for other in sorted(family) if other.is_file()][:LISTED]
+        # An OBJ's look depends on its MTL and pictures; one that is not there yet counts as soon as it is.
+        return [(str(other), *fingerprint(other)) for other in (path, *companions(path))]
 
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:

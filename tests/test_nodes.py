@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import fake_comfy
@@ -249,6 +250,49 @@ def test_results_are_listed_with_their_files(nodes, textured, tmp_path):
     rows = nodes.routes.listed(tmp_path)
     assert [len(row["files"]) for row in rows] == [3, 3] and {row["format"] for row in rows} == {"obj"}
     assert all(entry["subfolder"] == "mesh" and entry["type"] == "output" for row in rows for entry in row["files"])
+
+
+def test_load_mesh_is_cached_by_the_file_and_what_it_names(nodes, textured):
+    import folder_paths
+    from triptych_pack.triptych.geometry.files import write_mesh
+
+    folder = Path(folder_paths.get_input_directory()) / "crowded"
+    folder.mkdir()
+    for number in range(600):
+        (folder / f"a{number:03}.png").write_bytes(b"neighbour")
+    obj, mtl, picture = (next(p for p in write_mesh(textured, folder / "z.obj") if p.suffix == suffix)
+                         for suffix in (".obj", ".mtl", ".png"))  # fmt: skip
+    (folder / "z.obj").with_suffix(".bin").write_bytes(b"no part of it")
+
+    def state():
+        return nodes.files.LoadMesh.fingerprint_inputs(file="crowded/z.obj")
+
+    first = state()
+    assert first == state() and len(first) == 3
+    (folder / "b.obj").write_text("o other")
+    (folder / "a000.png").write_bytes(b"changed")
+    assert state() == first, "other uploads are no news"
+    for path in (obj, mtl, picture):
+        before = state()
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert state() != before, f"a changed {path.suffix} is read again"
+    before = state()
+    picture.unlink()
+    assert state() != before, "and so is one that is gone"
+
+
+def test_load_bundle_is_cached_by_the_files_of_all_its_folders(nodes, tmp_path):
+    (tmp_path / "ckpts").mkdir()
+    for name in ("pipeline.json", "ckpts/flow.json", "ckpts/flow.safetensors"):
+        (tmp_path / name).write_text("{}")
+    first = nodes.bundles.state(tmp_path)
+    (tmp_path / "triptych-files.json").write_text("{}")
+    (tmp_path / "README.md").write_text("words")
+    assert nodes.bundles.state(tmp_path) == first, "using a bundle or describing it does not change it"
+    for name in ("pipeline.json", "ckpts/flow.json", "ckpts/flow.safetensors"):
+        before = nodes.bundles.state(tmp_path)
+        (tmp_path / name).write_text("{ }" + name)
+        assert nodes.bundles.state(tmp_path) != before, name
 
 
 def test_prefixes_follow_comfy_s_rules_inside_output(nodes, pack, error, monkeypatch, tmp_path):
