@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from comfy_api.latest import io
 
 from ..triptych.errors import TriptychError
 from .paths import checked_name, fingerprint
-from .schema import BundleSocket, repository_input, schema
+from .running import Reporter, run
+from .schema import BundleSocket, checked_repository, repository_id, repository_input, schema
 
 if TYPE_CHECKING:
     from ..triptych.bundles.bundle import Bundle
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 FOLDER = "triptych"  # the key in folder_paths, and the folder's name under models
 MANIFESTS = ("bundle.json", "pipeline.json")
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights"
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +76,17 @@ class LoadBundle(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, repository: str | None = None) -> bool | str:
-        wanted = (repository or "").strip()
-        if wanted and not _REPOSITORY.fullmatch(wanted):
-            return f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name, or leave it empty"
-        return True
+        return checked_repository(repository)
 
     @classmethod
     def execute(cls, name: str, repository: str = "") -> io.NodeOutput:
-        from ..triptych.bundles.bundle import load_bundle
-
-        wanted = repository.strip()
-        if wanted and not _REPOSITORY.fullmatch(wanted):  # a linked value is not validated before
-            raise TriptychError(f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name")
-        return io.NodeOutput(opened(load_bundle(wanted) if wanted else load_bundle(folder_of(name))))
+        wanted = repository_id(repository)  # a linked value is not validated before
+        return io.NodeOutput(opened(wanted or folder_of(name)))
 
 
-def opened(bundle: Bundle) -> LoadedBundle:
-    """A bundle with its networks verified, and, unless its stages load them one by one, loaded and known to ComfyUI's
-    memory management."""
+def opened(source: str | Path) -> LoadedBundle:
+    """A bundle with its networks here, verified, and, unless its stages load them one by one, loaded and known to
+    ComfyUI's memory management."""
     import torch
     from comfy import model_management
     from comfy.model_patcher import ModelPatcher
@@ -102,11 +94,27 @@ def opened(bundle: Bundle) -> LoadedBundle:
     from ..triptych.bundles.published import PublishedBundle
     from ..triptych.pipelines.published import COMPONENTS
 
+    bundle = run(lambda reporter: _checked(source, reporter))
     if isinstance(bundle, PublishedBundle):
         return LoadedBundle(bundle, largest=max(bundle.component(part).bytes for part in COMPONENTS))
     networks = torch.nn.ModuleDict({part: bundle.network(part) for part in bundle.manifest.components})
     device, offload = model_management.get_torch_device(), model_management.unet_offload_device()
     return LoadedBundle(bundle, ModelPatcher(networks, load_device=device, offload_device=offload))
+
+
+def _checked(source: str | Path, reporter: Reporter) -> Bundle:
+    """The bundle; what Reconstruct needs of a repository is fetched now, with a progress bar, and not in its midst."""
+    from ..triptych.bundles.bundle import load_bundle
+    from ..triptych.bundles.published import PublishedBundle
+    from ..triptych.pipelines.published import COMPONENTS
+
+    bundle = load_bundle(source, progress=reporter.progress, cancel=reporter.cancel)
+    if isinstance(bundle, PublishedBundle):
+        bundle.fetch(COMPONENTS, reporter.progress, reporter.cancel)
+    else:
+        for part in bundle.components:
+            bundle.network(part)
+    return bundle
 
 
 def register_folder() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from .bundles import EMBEDDED, FOLDER
 from .paths import checked_name, fingerprint
 from .pictures import over
 from .running import Reporter, run
-from .schema import ADVANCED, ViewsSocket, repository_input, schema
+from .schema import ADVANCED, ViewsSocket, checked_repository, repository_id, repository_input, schema
 from .view_inputs import NAMES, connected_sides, foreground_inputs, mask_inputs, missing_side_inputs, side_outputs
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("auto", "none", "model", "sequential")
 QUANTISATIONS = ("none", "int8", "nf4", "fp8")
 WORK_BYTES = 2.5e9  # what sampling and decoding a sheet of 1024 pixels take besides the weights
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +130,7 @@ class LoadFlux(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, repository: str | None = None) -> bool | str:
-        wanted = (repository or "").strip()
-        if wanted and not _REPOSITORY.fullmatch(wanted):
-            return f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name, or leave it empty"
-        return True
+        return checked_repository(repository)
 
     @classmethod
     def execute(
@@ -148,9 +143,7 @@ class LoadFlux(io.ComfyNode):
         quantisation: str,
         repository: str = "",
     ) -> io.NodeOutput:
-        wanted = repository.strip()
-        if wanted and not _REPOSITORY.fullmatch(wanted):  # a linked value is not validated before
-            raise TriptychError(f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name")
+        wanted = repository_id(repository)  # a linked value is not validated before
         added = {"lora": None if lora == NO_LORA else lora_file(lora), "lora_strength": lora_strength}
         loaded = opened(wanted or model_folder(name), dtype=dtype, offload=offload, quantisation=quantisation, **added)
         return io.NodeOutput(loaded, ui={"text": ["\n".join(loaded.views.warnings)]})

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Sequence
 
 from comfy_api.latest import io
 
+from ..triptych.errors import TriptychError
+
 CATEGORY = "Triptych"
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+_REPOSITORY = re.compile(rf"{_NAME}/{_NAME}(@[A-Za-z0-9][\w./-]{{0,199}})?")
 
 BundleSocket = io.Custom("TRIPTYCH_BUNDLE")
 ViewsSocket = io.Custom("TRIPTYCH_VIEWS")
@@ -36,8 +41,29 @@ def repository_input() -> io.Input:
         "repository",
         default="",
         optional=True,
-        tooltip="A Hugging Face id, owner/name. When given, it is downloaded once and used instead of the name above.",
+        tooltip="A Hugging Face id, owner/name or owner/name@revision. When given, it is downloaded once and used "
+        "instead of the name above.",
     )
+
+
+def repository_id(text: str | None) -> str:
+    """What `repository_input` holds, without blanks; may be empty. Raises TriptychError for what is no id."""
+    wanted = (text or "").strip()
+    if wanted and not _REPOSITORY.fullmatch(wanted):
+        raise TriptychError(
+            f"the repository {wanted[:80]!r} is no Hugging Face id: write owner/name or owner/name@revision, or leave "
+            "it empty"
+        )
+    return wanted
+
+
+def checked_repository(text: str | None) -> bool | str:
+    """`repository_id` as validate_inputs answers: True, or what is wrong."""
+    try:
+        repository_id(text)
+    except TriptychError as error:
+        return str(error)
+    return True
 
 
 def mesh_input(name: str, tooltip: str, *, optional: bool = False) -> io.Input:

@@ -22,7 +22,7 @@ from triptych.bundles.published import PublishedBundle, weightless
 from triptych.errors import TriptychError
 from triptych.geometry.flexicubes import features_to_mesh
 from triptych.models.structure_vae import occupied_coords
-from triptych.sampling.flow_euler import flow_euler_sample
+from triptych.sampling.flow_euler import Cancelled, flow_euler_sample
 from triptych.sampling.slat import denormalize_slat, slat_noise
 from triptych.sparse.tensor import SparseTensor
 
@@ -359,6 +359,7 @@ class FakeHub:
         self.requests: list[tuple[str, str, str | None]] = []  # method, path in the repository or "api", Range
         self.cut: dict[str, int] = {}  # file -> bytes after which the connection ends, and the file is unavailable
         self.down: set[str] = set()
+        self.held: dict[str, tuple[int, threading.Event]] = {}  # file -> bytes after which it waits for the event
         self.served: dict[str, int] = {}
         self.endpoint = ""
 
@@ -419,6 +420,11 @@ def _handler(fake: FakeHub) -> type[BaseHTTPRequestHandler]:
             if not send:
                 return
             cut = fake.cut.pop(name, None)
+            if name in fake.held:
+                count, go_on = fake.held[name]
+                self.wfile.write(body[:count])
+                go_on.wait(60)
+                body = body[count:]
             fake.served[name] = fake.served.get(name, 0) + len(body[:cut])
             self.wfile.write(body[:cut])
             if cut is not None:
@@ -454,7 +460,7 @@ def opened(fake: FakeHub, tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(hub, "HubFolder", remote)
     monkeypatch.chdir(tmp_path)
-    return lambda name="owner/small": load_bundle(name)
+    return lambda name="owner/small", **told: load_bundle(name, **told)
 
 
 def record(tmp_path: Path) -> dict:
@@ -500,6 +506,31 @@ def test_an_interrupted_download_goes_on_where_it_stopped(opened, fake, small: P
     assert fake.served[WEIGHTS] == size + 500
 
 
+def test_a_download_tells_how_far_it_is_and_one_that_is_cancelled_goes_on_later(opened, fake, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    parts, shares = ("structure_decoder", "structure_encoder"), []
+
+    def told(stage: str, share: float) -> None:
+        assert stage == "fetch"
+        shares.append(share)
+
+    bundle = opened()
+    with pytest.raises(Cancelled, match="stopped while owner/small at aaaaaaaaaaaa was fetched"):
+        bundle.fetch(parts, told, lambda: len(shares) > 40)
+    assert len(shares) == 41 and 0 < shares[-1] < 0.5 and shares == sorted(shares)
+    stopped_at = shares[-1]
+    shares.clear()
+    bundle.fetch(parts, told)
+    ranges = [wanted for method, name, wanted in fake.requests if (method, name) == ("GET", WEIGHTS)]
+    assert ranges[0] is None and ranges[1].startswith("bytes=")
+    later = [share for share in shares if share > stopped_at]
+    assert len(shares) - len(later) <= 3 and later == sorted(later) and later[-1] == 1.0 and len(later) > 60
+    before = len(fake.requests)
+    assert bundle.network("structure_decoder") is not None and len(fake.requests) == before
+    with pytest.raises(TriptychError, match="has no 'text_encoder'"):
+        bundle.fetch(("text_encoder",))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
 def test_a_damaged_file_in_the_cache_is_fetched_again(damage: str, opened, fake, tmp_path: Path) -> None:
     opened().network("structure_decoder")
@@ -536,8 +567,9 @@ def test_a_repository_of_our_own_format_is_fetched_and_verified_too(opened, fake
     fake.folder = tmp_path / "own"
     make_tiny_bundle(fake.folder)
     (fake.folder / "code.py").write_text("raise SystemExit")
-    bundle = opened()
-    assert type(bundle) is Bundle and bundle.name == "tiny-random"
+    shares: list[float] = []
+    bundle = opened(progress=lambda stage, share: shares.append(share), cancel=lambda: False)
+    assert type(bundle) is Bundle and bundle.name == "tiny-random" and shares[0] == 0 and shares[-1] == 1
     assert set(fake.gets()) == {"api", "bundle.json", "structure_decoder.safetensors", "structure_flow.safetensors"}
     bundle.verify()
     fake.requests = []
@@ -555,6 +587,8 @@ def test_repositories_that_are_not_there_and_no_network_are_sentences(opened, fa
         opened("owner/other")
     with pytest.raises(TriptychError, match="no local bundle 'owner/small', and none could be fetched"):
         opened("owner/small@nosuchbranch")
+    with pytest.raises(TriptychError, match="no local bundle 'owner/small', and none could be fetched"):
+        opened("owner/small@refs/pr/1")  # a revision with slashes is asked for as well
     with pytest.raises(TriptychError, match="no bundle './nowhere' found"):  # a path that is not there is no repository
         opened("./nowhere")
     fake.endpoint = "http://127.0.0.1:9"

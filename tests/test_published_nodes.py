@@ -3,6 +3,8 @@
 import importlib
 import re
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_server import ComfyServer, find_comfy
-from published_folder import name_image_encoder, write_image_encoder, write_runnable_folder
+from published_folder import SMALL, name_image_encoder, write_image_encoder, write_runnable_folder
 
 FOUND = find_comfy()
 SETTINGS = {
@@ -159,6 +161,65 @@ def test_wrong_combinations_name_both(nodes, comfy, loaded, views, error):
     with pytest.raises(error, match="multi_view concat is for published bundles: triptych-tiny .* so choose auto"):
         execute(own, views, **SETTINGS, multi_view="concat")
     assert own.patcher is not None and len(comfy.freed) == freed, "nothing is unloaded for what cannot be done"
+
+
+@pytest.fixture
+def slow_hub(nodes, comfy, tmp_path, monkeypatch):
+    """A Hub that serves the small folder as owner/small and holds its first weights back after 30,000 bytes."""
+    from test_published_bundles import FakeHub, _handler
+    from triptych_pack.triptych.bundles import hub
+
+    made, fake = hub.HubFolder, FakeHub(nodes.bundles.folder_of("small"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    where = {"endpoint": f"http://127.0.0.1:{server.server_address[1]}", "cache_dir": tmp_path / "cache"}
+    fake.go_on = threading.Event()
+    fake.held[f"ckpts/{SMALL['structure_flow'][1]}.safetensors"] = (30_000, fake.go_on)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(hub, "_RESUMED_BYTES", 10_000)
+    monkeypatch.setattr(hub, "HubFolder", lambda name, revision=None: made(name, revision, **where))
+    yield fake
+    fake.go_on.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.timeout(300)
+def test_a_download_shows_how_far_it_is_and_can_be_interrupted(nodes, comfy, slow_hub):
+    comfy.interrupt_at = 0.01
+    with pytest.raises(comfy.Interrupted):
+        nodes.bundles.LoadBundle.execute("triptych-tiny", repository=" owner/small@main ")
+    assert not slow_hub.go_on.is_set() and 0 < comfy.shares[-1] < 0.5, "interrupted while the Hub held the file back"
+    comfy.interrupt_at = 2.0
+    comfy.shares.clear()
+    slow_hub.go_on.set()
+    loaded = nodes.bundles.LoadBundle.execute("triptych-tiny", repository="owner/small@main").result[0]
+    assert loaded.bundle.name == "owner/small" and loaded.largest > 0
+    assert len(set(comfy.shares)) > 50 and comfy.shares[-1] == 1.0
+    before = len(slow_hub.requests)
+    assert loaded.bundle.network("slat_decoder_mesh") is not None and len(slow_hub.requests) == before
+
+
+def test_revisions_are_taken_and_other_names_refused(nodes, comfy, error):
+    for loader in (nodes.bundles.LoadBundle, nodes.flux.LoadFlux):
+        check = loader.validate_inputs
+        for name in ("", "owner/name", "owner/name@main", "owner/name@refs/pr/1", "a/b@" + "0" * 40):
+            assert check(repository=name) is True, name
+        for name in (
+            "owner",
+            "owner/name@",
+            "owner/name@/x",
+            "a/b/c",
+            "../x",
+            "a/b@../x",
+            "a/b@x y",
+            "a/b@" + "0" * 300,
+        ):
+            assert "is no Hugging Face id: write owner/name or owner/name@revision" in check(repository=name), name
+    with pytest.raises(error, match="is no Hugging Face id"):
+        nodes.bundles.LoadBundle.execute("triptych-tiny", repository="a/b@")
 
 
 @pytest.mark.skipif(isinstance(FOUND, str), reason=str(FOUND))

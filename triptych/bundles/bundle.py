@@ -13,7 +13,7 @@ from ..errors import TriptychError
 from .manifest import MANIFEST, Component, Manifest, load_network, read_manifest, verify_file
 
 if TYPE_CHECKING:
-    from .hub import HubFolder
+    from .hub import Cancel, HubFolder, Progress
 
 EMBEDDED = "triptych-tiny"
 _WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -78,12 +78,20 @@ class Bundle:
         return network
 
 
-def load_bundle(name: str | Path | None = None, search: Sequence[Path] = ()) -> Bundle:
+def load_bundle(
+    name: str | Path | None = None,
+    search: Sequence[Path] = (),
+    *,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Bundle:
     """Opens a bundle. name: a folder, a bundle's name, or a Hugging Face id ``owner/name``; None is the embedded one.
 
     A folder or repository of the published TRELLIS layout (``pipeline.json``) becomes a PublishedBundle; of such a
     repository ``owner/name@revision`` picks a branch, tag or commit.
     search: folders of bundles to look in before the embedded one (ComfyUI's models/triptych).
+    progress("fetch", share) and cancel() are called while a repository of our own format is fetched; Cancelled is
+    raised when cancel returns True. Of a published one PublishedBundle.fetch does so.
     Raises TriptychError with the places that were looked at.
     """
     from .hub import HubFolder, LocalFolder
@@ -97,20 +105,20 @@ def load_bundle(name: str | Path | None = None, search: Sequence[Path] = ()) -> 
             return Bundle(place)
         if (place / PIPELINE).is_file():
             return PublishedBundle(LocalFolder(place))
-    if isinstance(name, str) and name.count("/") == 1 and not Path(name).exists() and not name.startswith((".", "/")):
-        repository, _, revision = name.partition("@")
+    repository, _, revision = str(name).partition("@")  # a revision may have slashes: refs/pr/1
+    is_id = isinstance(name, str) and repository.count("/") == 1 and not name.startswith((".", "/"))
+    if is_id and not Path(name).exists():
         remote = HubFolder(repository, revision or None)
-        return PublishedBundle(remote) if PIPELINE in remote.names() else Bundle(_fetch(remote))
+        return PublishedBundle(remote) if PIPELINE in remote.names() else Bundle(_fetch(remote, progress, cancel))
     looked = ", ".join(str(place) for place in places)
     raise TriptychError(
         f"no bundle {str(name)!r} found (looked at {looked}): give a folder with a {MANIFEST} or a {PIPELINE}"
     )
 
 
-def _fetch(remote: HubFolder) -> Path:
+def _fetch(remote: HubFolder, progress: Progress | None, cancel: Cancel | None) -> Path:
     """The folder of a bundle of our own format, once all its weights are here. Loading verifies them."""
     folder = remote.fetch(MANIFEST).parent
-    for name in remote.names():
-        if name.endswith(".safetensors") and "/" not in name:
-            remote.fetch(name)
+    weights = [name for name in remote.names() if name.endswith(".safetensors") and "/" not in name]
+    remote.fetch_all(weights, progress, cancel)
     return folder

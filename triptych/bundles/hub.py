@@ -15,18 +15,24 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlparse
 
 from ..errors import TriptychError
 from ..geometry.files import write_files
+from ..sampling.flow_euler import Cancelled
 from .manifest import file_sha256
 
 LOCAL_RECORD, HUB_RECORD = "triptych-files.json", "triptych.json"
 _RESUMED_BYTES = 8 << 20  # what is smaller is simply fetched again
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Progress = Callable[[str, float], None]
+Cancel = Callable[[], bool]
+Arrived = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,34 @@ class HubFolder:
     def is_here(self, name: str) -> bool:
         return (self._folder / "snapshots" / str(self.revision) / name).is_file()
 
-    def fetch(self, name: str) -> Path:
-        """The file from the cache or the Hub. A damaged or truncated one is fetched again, once."""
+    def fetch_all(self, names: Sequence[str], progress: Progress | None = None, cancel: Cancel | None = None) -> None:
+        """`fetch` of each. progress("fetch", share of their bytes) and cancel() are called as they arrive; Cancelled is
+        raised when cancel returns True, and what has arrived of a large file is kept for the next time."""
+        sizes = [self._facts[name].bytes or 0 if name in self._facts else 0 for name in names]
+        total, before = max(1, sum(sizes)), 0
+
+        def arrived(count: int) -> None:
+            if cancel is not None and cancel():
+                raise Cancelled(f"stopped while {self.title} was fetched")
+            if progress is not None:
+                progress("fetch", min(1.0, (before + count) / total))
+
+        for name, size in zip(names, sizes, strict=True):
+            arrived(0)
+            self.fetch(name, arrived)
+            before += size
+        arrived(0)
+
+    def fetch(self, name: str, arrived: Arrived | None = None) -> Path:
+        """The file from the cache or the Hub. A damaged or truncated one is fetched again, once.
+
+        arrived(bytes of the file that are here) is called while a large one is fetched; what it raises ends that.
+        """
         if name not in self._facts:
             raise TriptychError(f"{self.title} has no file {name}: choose another repository or revision")
         facts, problem = self._facts[name], None
         for _ in range(2):
-            path = self._download(name)
+            path = self._download(name, arrived)
             problem = facts.problem(path)
             if problem is None:
                 return path
@@ -203,13 +230,13 @@ class HubFolder:
             self._record.write(str(self.revision), self._facts)
         return facts
 
-    def _download(self, name: str) -> Path:
+    def _download(self, name: str, arrived: Arrived | None = None) -> Path:
         from huggingface_hub import errors, hf_hub_download
 
         size = self._facts[name].bytes
         try:
             if not self.is_here(name) and size is not None and size >= _RESUMED_BYTES:
-                self._prefetch(name)
+                self._prefetch(name, arrived)
             return Path(
                 hf_hub_download(
                     self.repository, name, revision=self.revision, cache_dir=self._cache, endpoint=self._endpoint
@@ -221,7 +248,7 @@ class HubFolder:
                 "stopped"
             ) from error
 
-    def _prefetch(self, name: str) -> None:
+    def _prefetch(self, name: str, arrived: Arrived | None) -> None:
         """Puts the blob where hf_hub_download looks for it, from as far as an earlier attempt came."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.file_download import http_get
@@ -245,8 +272,24 @@ class HubFolder:
                 done = stream.tell()
                 if size is not None and done > size:
                     stream.truncate(done := 0)
-                http_get(remote.location, stream, resume_size=done, headers=headers, expected_size=size)
+                watched: Any = stream if arrived is None else _Watched(stream, arrived)
+                http_get(remote.location, watched, resume_size=done, headers=headers, expected_size=size)
             part.replace(blob)
+
+
+class _Watched:
+    """A file that says after each write how long it is; what the listener raises ends the download."""
+
+    def __init__(self, stream: BinaryIO, arrived: Arrived) -> None:
+        self._stream, self._arrived = stream, arrived
+
+    def write(self, data: bytes) -> int:
+        written = self._stream.write(data)
+        self._arrived(self._stream.tell())
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -24,12 +25,13 @@ from torch.overrides import TorchFunctionMode
 from ..errors import TriptychError
 from .bundle import Bundle
 from .components import build_component
-from .hub import HubFolder, LocalFolder
+from .hub import Cancel, HubFolder, LocalFolder, Progress
 from .manifest import _DTYPES, Component, Manifest, _same_names
 
 PIPELINE = "pipeline.json"
 PIPELINE_CLASS = "TrellisImageTo3DPipeline"
 _MAX_JSON_BYTES = 1 << 20
+_SUFFIXES = (".json", ".safetensors")  # of a network's files
 _FLOATS = ("float32", "float16", "bfloat16")
 
 # Component -> its class and its key in pipeline.json.
@@ -123,10 +125,18 @@ class PublishedBundle(Bundle):
             sha256=facts.sha256 or "", bytes=path.stat().st_size, dtype="+".join(kinds), tensors=tensors,
         )  # fmt: skip
 
+    def fetch(self, components: Sequence[str], progress: Progress | None = None, cancel: Cancel | None = None) -> None:
+        """Has the files of these networks here, from the Hub where they are not; see `HubFolder.fetch_all`."""
+        for component in components:
+            self._require(component)
+        if isinstance(self.source, HubFolder):
+            stems = [self._stems[component] for component in components]
+            self.source.fetch_all([stem + suffix for stem in stems for suffix in _SUFFIXES], progress, cancel)
+
     def verify(self) -> None:
         """Checks every file that is here; fetches none."""
         for component, stem in self._stems.items():
-            if all(self.source.is_here(stem + suffix) for suffix in (".json", ".safetensors")):
+            if all(self.source.is_here(stem + suffix) for suffix in _SUFFIXES):
                 self._checked(component)
 
     def _load(self, component: str, dtype: torch.dtype) -> nn.Module:
