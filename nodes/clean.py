@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from .core_fields import lost
 from .core_mesh import as_mesh
 from .running import Reporter, run
 from .schema import ADVANCED, MeshSocket, mesh_input, schema
@@ -99,6 +100,7 @@ class CleanMesh(io.ComfyNode):
         text = f"{size_of(source)} before\n{size_of(result)} after"
         if source.uv is not None and result.uv is None:
             text += "\nthe texture is dropped: use Texture mesh next"
+        text = "\n".join([text, *lost(source, result)])
         return io.NodeOutput(result, text, ui={"text": [text]})
 
 

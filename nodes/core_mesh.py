@@ -3,7 +3,8 @@
 Core's MESH holds a batch of meshes as tensors: vertices (B, N, 3), faces (B, M, 3); its newest class adds per-vertex
 UV (v downwards, as in glTF), linear vertex colours, normals, textures and material numbers, and counts where a batch
 is padded. Older cores know vertices and faces only; there the rest is set as attributes all the same, so that
-it survives a trip through nodes that hand the object on, and our own nodes find it again.
+it survives a trip through nodes that hand the object on, and our own nodes find it again. What our mesh has no place
+for (unlit, tangents, emissive, further numbers of the material) is carried beside it; see ``core_fields``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..triptych.errors import TriptychError
+from .core_fields import MATERIAL, carried_from, fitting, lost
 from .schema import MeshSocket, mesh_input, schema
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class MeshToCore(io.ComfyNode):
 
     @classmethod
     def execute(cls, mesh: Any) -> io.NodeOutput:
-        return io.NodeOutput(to_core(as_mesh(mesh)))
+        source = as_mesh(mesh)
+        return io.NodeOutput(to_core(source), ui={"text": lost(source, source)})
 
 
 class MeshFromCore(io.ComfyNode):
@@ -110,6 +113,9 @@ def to_core(mesh: Mesh, core_class: type | None = None) -> Any:
     fields["normals"] = batch(None if split.normals is None else split.normals.astype(np.float32))
     if split.materials:
         fields |= _material_fields(_only_material(split))
+    carried = fitting(mesh)
+    numbers = carried.pop(MATERIAL, {}) | (fields[MATERIAL] or {})
+    fields |= {**carried, MATERIAL: numbers or None}
     required = {"vertices": batch(split.vertices.astype(np.float32)), "faces": batch(split.faces.astype(np.int64))}
     known = inspect.signature(core_class).parameters
     result = core_class(**required, **{name: value for name, value in fields.items() if name in known})
@@ -145,7 +151,7 @@ def from_core(value: Any, index: int) -> Mesh:
         raise TriptychError("the core mesh has no vertices or no faces: connect one that has a surface")
     uvs, colors, normals = (row(name, counts[0]) for name in ("uvs", "vertex_colors", "normals"))
     uv = None if uvs is None else np.stack([uvs[:, 0], 1 - uvs[:, 1]], axis=1).astype(np.float32)
-    return Mesh(
+    mesh = Mesh(
         vertices.astype(np.float32),
         faces.astype(np.int64),
         normals=None if normals is None else normals.astype(np.float32),
@@ -153,6 +159,7 @@ def from_core(value: Any, index: int) -> Mesh:
         uv=uv,
         materials=_material(value, row),
     )
+    return mesh.replace(carried=carried_from(value, index, mesh))
 
 
 def _core_class() -> type:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..triptych.errors import TriptychError
 from .clean import size_of
+from .core_fields import left_out
 from .core_mesh import as_mesh
 from .paths import checked_name, entry, fingerprint, inside, mesh_files, named_file
 from .preview import described, ui_output
@@ -165,4 +166,4 @@ def notes(mesh: Mesh, file_format: str) -> str:
         lines.append(f"{file_format.upper()} holds no textures: they are left out")
     if file_format == "stl" and mesh.colors is not None:
         lines.append("STL holds no vertex colours: they are left out")
-    return "\n".join(lines)
+    return "\n".join([*lines, *left_out(mesh)])

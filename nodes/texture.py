@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..triptych.errors import TriptychError
 from .clean import size_of
+from .core_fields import lost
 from .core_mesh import as_mesh
 from .pictures import images
 from .running import Reporter, run
@@ -85,7 +86,7 @@ class TextureMesh(io.ComfyNode):
     def execute(cls, mesh: Any, views: ViewSet | None = None, **settings) -> io.NodeOutput:
         source = as_mesh(mesh)
         result = run(lambda reporter: textured(source, views, reporter, **settings))
-        text = size_of(result)
+        text = "\n".join([size_of(result), *lost(source, result)])
         return io.NodeOutput(result, texture_of(result), ui={"text": [text]})
 
 

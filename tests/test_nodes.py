@@ -202,6 +202,80 @@ def test_core_batches(nodes, textured, error):
         nodes.core_mesh.as_mesh("mesh")
 
 
+@pytest.fixture(scope="module")
+def full_core(nodes, textured):
+    """A core mesh with every field set, one that no core has yet among them."""
+    colours = np.random.default_rng(2).random((len(textured.vertices), 4)).astype(np.float32)
+    core = nodes.core_mesh.to_core(textured.replace(colors=colours), NewMesh)
+    count = core.vertices.shape[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def picture():
+        return torch.randint(0, 256, (1, 16, 16, 3), generator=generator) / 255
+
+    core.normals = torch.nn.functional.normalize(torch.randn(1, count, 3, generator=generator), dim=-1)
+    core.tangents = torch.randn(1, count, 4, generator=generator)
+    core.metallic_roughness, core.normal_map, core.emissive = picture(), picture(), picture()
+    core.unlit = core.occlusion_in_mr = True
+    core.material |= {"alpha_mode": "MASK", "double_sided": True, "emissive_factor": [1.0, 0.5, 0.0]}
+    core.joints = torch.randint(0, 9, (1, count, 4), generator=generator)
+    core.vertex_counts, core.face_counts = torch.tensor([count]), torch.tensor([core.faces.shape[1]])
+    return core
+
+
+def assert_same_fields(made, core, but=()):
+    for name, value in vars(core).items():
+        if name in ("vertex_counts", "face_counts", *but):
+            continue
+        kept = getattr(made, name)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(kept, value, atol=1e-5, rtol=0, msg=name)
+        else:
+            assert kept == value, name
+
+
+@pytest.mark.parametrize("core_class", [NewMesh, OldMesh])
+def test_every_field_of_a_core_mesh_comes_back(nodes, full_core, core_class):
+    core_mesh = nodes.core_mesh
+    assert all(value is not None and value is not False for value in vars(full_core).values())
+    assert_same_fields(core_mesh.to_core(core_mesh.from_core(full_core, 0), core_class), full_core)
+
+
+def test_one_of_a_padded_batch_takes_its_own_fields(nodes, full_core):
+    count, faces = full_core.vertices.shape[1], full_core.faces.shape[1]
+    two = NewMesh(**{
+        name: torch.cat([value, value.flip(0) * 0]) if isinstance(value, torch.Tensor) and value.ndim > 1 else value
+        for name, value in vars(full_core).items() if name != "joints"
+    })  # fmt: skip
+    two.tangents = torch.arange(2 * count * 4, dtype=torch.float32).view(2, count, 4)
+    two.vertex_counts, two.face_counts = torch.tensor([count, 3]), torch.tensor([faces, 1])
+    made = nodes.core_mesh.to_core(nodes.core_mesh.from_core(two, 1), NewMesh)
+    assert torch.equal(made.tangents, two.tangents[1:, :3]) and torch.equal(made.emissive, two.emissive[1:])
+
+
+def test_what_an_operation_must_drop_is_dropped_and_said(nodes, full_core):
+    core_mesh, lost = nodes.core_mesh, nodes.core_fields.lost
+    source = core_mesh.from_core(full_core, 0)
+    assert lost(source, source) == []
+    moved = source.replace(vertices=source.vertices * 2)
+    assert lost(source, moved) == ["joints and tangents of the core mesh no longer fit and are dropped"]
+    made = core_mesh.to_core(moved, NewMesh)
+    assert made.tangents is None and not hasattr(made, "joints")
+    assert_same_fields(made, full_core, but=("vertices", "tangents", "joints"))
+    from triptych_pack.triptych.geometry.cleanup import decimate
+    from triptych_pack.triptych.geometry.uv import unwrap
+
+    unwrapped = unwrap(source, texture_size=64)
+    again = core_mesh.to_core(unwrapped, NewMesh)
+    assert again.unlit is True and again.emissive is None and again.occlusion_in_mr is False
+    assert "double_sided" not in again.material
+    names = "emissive, joints, further numbers of the material, occlusion_in_mr and tangents"
+    assert lost(source, unwrapped) == [f"{names} of the core mesh no longer fit and are dropped"]
+    assert "unlit" in lost(source, decimate(source, 200))[0], "a new surface keeps nothing"
+    assert "tangents" in nodes.files.notes(source, "glb") and "tangents" not in nodes.files.notes(moved.replace(
+        carried=None), "glb")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name",
     (

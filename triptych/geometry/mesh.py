@@ -6,7 +6,8 @@ Frame: right-handed, +Y up, the object faces +Z (glTF's frame).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,7 @@ class Mesh:
     uv: (T, 2) float32 or None; v points up (OBJ convention: v = 0 is the bottom row of the texture).
     uv_faces: (F, 3) int64 indices into ``uv`` (corner UV), or None when ``uv`` has one row per vertex.
     materials: one or more materials; face_materials: (F,) int64 index into them, or None when all use the first.
+    carried: what a host program keeps beside the mesh. Nothing here looks at it; ``replace`` hands it on.
     """
 
     vertices: np.ndarray
@@ -53,6 +55,7 @@ class Mesh:
     uv_faces: np.ndarray | None = None
     materials: tuple[Material, ...] = ()
     face_materials: np.ndarray | None = None
+    carried: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.vertices.ndim != 2 or self.vertices.shape[1] != 3:
