@@ -1,11 +1,16 @@
-// The ComfyUI extension: the 3D viewer on Triptych's preview and export nodes, in classic nodes and in Nodes 2.0.
+// The ComfyUI extension, in classic nodes and in Nodes 2.0: the 3D viewer on Triptych's preview and export nodes, and on
+// all of its nodes what their last run said.
 import { app } from "../../scripts/app.js";
 import { sourcesOf, uploadImage, type MeshOutput } from "./comfy/api";
+import { after } from "./comfy/events";
 import { keepInNode } from "./comfy/mount";
+import { NodeText } from "./comfy/text";
 import type { ComfyNode } from "./comfy/types";
+import { wordsFor } from "./comfy/words";
 import { Viewer, type ViewState } from "./viewer/index";
 
-const NODES = new Set(["Triptych_Preview3D", "Triptych_CompareMeshes", "Triptych_ExportMesh"]);
+const PREFIX = "Triptych_";
+const VIEWERS = new Set(["Triptych_Preview3D", "Triptych_CompareMeshes", "Triptych_ExportMesh"]);
 const LAST_OUTPUT = "Triptych last output";
 const VIEW = "Triptych view";
 const LOAD_IMAGE = "Triptych picture node";
@@ -19,15 +24,6 @@ function language(): string {
   const name = "Comfy.Locale";
   const value = app.extensionManager?.setting?.get(name) ?? app.ui?.settings?.getSettingValue?.(name);
   return typeof value === "string" ? value : document.documentElement.lang;
-}
-
-/** Chains `more` behind what the node already does at that event. */
-function after<K extends "onExecuted" | "onRemoved" | "onConfigure">(node: ComfyNode, event: K, more: (value: unknown) => void): void {
-  const before = node[event] as ((value?: unknown) => void) | undefined;
-  node[event] = function (this: ComfyNode, value?: unknown) {
-    before?.call(this, value);
-    more(value);
-  };
 }
 
 function attach(node: ComfyNode): void {
@@ -104,7 +100,11 @@ async function pictureToInput(node: ComfyNode, picture: Blob): Promise<string> {
 app.registerExtension({
   name: "Triptych.Viewer",
   nodeCreated(node: ComfyNode) {
-    if (NODES.has(node.comfyClass ?? node.type ?? "")) attach(node);
+    const kind = node.comfyClass ?? node.type ?? "";
+    if (!kind.startsWith(PREFIX)) return;
+    const words = wordsFor(language());
+    if (VIEWERS.has(kind)) attach(node);
+    new NodeText(node, words);
   },
 });
 

@@ -8,49 +8,61 @@ const BODY = "triptych-body";
 const MARGIN = 12;
 const HEIGHT = 320; // these nodes are as high as what is in them
 
-const mounts = new Map<ComfyNode, { host: HTMLElement; width: number }>();
+interface Mount {
+  node: ComfyNode;
+  width: number;
+  height: number | null;
+}
+
+const mounts = new Map<HTMLElement, Mount>();
 let pending = 0;
 
-/** Watches over `host`, a DOM widget of `node`, which is `width` wide or wider, until the returned function is called. */
-export function keepInNode(node: ComfyNode, host: HTMLElement, width: number): () => void {
+/**
+ * Watches over `host`, a DOM widget of `node`, which is `width` wide or wider, until the returned function is called.
+ * `height` is that of a host which takes what room there is; null: it is as high as its content.
+ */
+export function keepInNode(node: ComfyNode, host: HTMLElement, width: number, height: number | null = HEIGHT): () => void {
   if (!mounts.size) start();
-  mounts.set(node, { host, width });
-  // Where the wheel may turn the graph, it turns the model.
+  mounts.set(host, { node, width, height });
+  look();
+  // Where the wheel may turn the graph, it turns the model or the text.
   host.dataset.captureWheel = "true";
   // The node would follow the pointer.
   host.addEventListener("pointerdown", event => event.stopPropagation());
   const sizes = new ResizeObserver(() => stretch(host));
-  sizes.observe(host);
+  if (height !== null) sizes.observe(host);
   return () => {
     sizes.disconnect();
-    mounts.delete(node);
+    mounts.delete(host);
     host.closest(`.${BODY}`)?.remove();
     if (!mounts.size) changes.disconnect();
   };
 }
 
-const changes = new MutationObserver(() => {
+const changes = new MutationObserver(look);
+
+function look(): void {
   pending ||= requestAnimationFrame(() => {
     pending = 0;
-    for (const [node, { host, width }] of mounts) place(node, host, width);
+    for (const [host, mount] of mounts) place(host, mount);
     // The frontend took its widget after all.
     for (const box of document.querySelectorAll(`.${BODY}:empty`)) box.remove();
   });
-});
+}
 
 function start(): void {
   changes.observe(document.body, { childList: true, subtree: true });
   window.addEventListener("wheel", wheelToModel, { capture: true, passive: false });
 }
 
-function place(node: ComfyNode, host: HTMLElement, width: number): void {
+function place(host: HTMLElement, { node, width, height }: Mount): void {
   if (host.isConnected || !window.LiteGraph?.vueNodesMode) return;
   const body = document.querySelector(`[data-testid="node-body-${CSS.escape(String(node.id))}"]`);
   if (!body || !isShown(node)) return;
   const box = document.createElement("div");
   box.className = BODY;
   Object.assign(box.style, {
-    width: `${Math.max(node.size[0], width) - 2 * MARGIN}px`, height: `${HEIGHT}px`, margin: `0 ${MARGIN}px`,
+    width: `${Math.max(node.size[0], width) - 2 * MARGIN}px`, height: height === null ? "auto" : `${height}px`, margin: `0 ${MARGIN}px`,
   });
   box.append(host);
   body.append(box);
@@ -74,6 +86,8 @@ function stretch(host: HTMLElement): void {
 function wheelToModel(event: WheelEvent): void {
   const path = event.composedPath();
   if (!path.some(part => part instanceof Element && part.className === BODY)) return;
+  // A text scrolls by itself.
+  if (path[0] instanceof HTMLTextAreaElement) return event.stopPropagation();
   event.preventDefault();
   event.stopPropagation();
   // It stays inside the viewer's shadow root.

@@ -20,8 +20,9 @@ export interface ComfyNode {
   size: [number, number];
   properties: Record<string, unknown>;
   widgets?: Widget[];
-  graph?: { add(node: ComfyNode): void; getNodeById(id: number | string): ComfyNode | null } | null;
+  graph?: { add(node: ComfyNode): void; getNodeById(id: number | string): ComfyNode | null; setDirtyCanvas?(front: boolean, back: boolean): void } | null;
   addDOMWidget(name: string, type: string, element: HTMLElement, options: Record<string, unknown>): DomWidget;
+  removeWidget(widget: DomWidget): void;
   setSize(size: [number, number]): void;
   onExecuted?: (output: unknown) => void;
   onRemoved?: () => void;
