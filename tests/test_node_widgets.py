@@ -1,14 +1,17 @@
 """What the nodes say and take in the editor of a real ComfyUI, in classic nodes and in Nodes 2.0."""
 
+import base64
 import json
 import time
 
+import numpy as np
 import pytest
 from comfy_server import ComfyServer, find_comfy
 from PIL import Image, ImageDraw
 from web_page import Page, built_web, needs_browser
 
-from triptych.geometry.files import write_mesh
+from triptych.geometry.files import write_mesh, write_obj
+from triptych.geometry.mesh import Material, Mesh
 from triptych.procedural import sample_object
 
 COMFY = find_comfy()
@@ -154,3 +157,129 @@ def test_numbers_and_sizes_are_shown_and_a_long_text_scrolls(page, comfy, tmp_pa
     area = "at.mesh.widgets.find(w => w.name === 'triptych_text').element"
     page.wait(f"{area}.scrollHeight > {area}.clientHeight + 100 && {area}.clientHeight < 200")
     assert page.evaluate(f"{area}.children.length") == 0
+
+
+# Load mesh takes files ------------------------------------------------------------------------------------------------
+
+
+def textured(folder, colour):
+    """A square with one colour as its picture, as OBJ, MTL and PNG; their paths, the OBJ first."""
+    corners = np.array([[-0.5, -0.5, 0], [0.5, -0.5, 0], [0.5, 0.5, 0], [-0.5, 0.5, 0]], np.float32)
+    picture = np.full((16, 16, 3), colour, np.uint8)
+    square = Mesh(
+        vertices=corners,
+        faces=np.array([[0, 1, 2], [0, 2, 3]]),
+        uv=corners[:, :2] + 0.5,
+        materials=(Material(base_color_texture=picture),),
+    )
+    folder.mkdir()
+    return sorted(write_obj(square, folder / "square.obj"), key=lambda path: path.suffix != ".obj")
+
+
+def button(page):
+    """The middle of the upload button of ``at.mesh``, on the screen; its label is looked at on the way."""
+    if page.kind == "vue":
+        # Frontend 1.27 writes the text beside the button, later ones into it.
+        label = "[...document.querySelectorAll('.lg-node *')].find(e => !e.children.length && e.textContent.trim() === "
+        label += "'Upload mesh')"
+        find = f"({label}?.closest('button') ?? {label}?.parentElement.querySelector('button'))"
+        page.wait(f"{find}?.getBoundingClientRect().height > 5")
+        return page.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({find}.getBoundingClientRect())")
+    page.screenshot()  # widgets have their places once they are drawn
+    return page.evaluate(
+        "(() => { const node = at.mesh, widget = node.widgets.find(w => w.label === 'Upload mesh'), c = app.canvas;"
+        " const b = c.canvas.getBoundingClientRect(), { scale, offset } = c.ds;"
+        " return [b.x + (node.pos[0] + node.size[0] / 2 + offset[0]) * scale,"
+        " b.y + (node.pos[1] + widget.y + 10 + offset[1]) * scale]; })()"
+    )
+
+
+def drop(page, paths, place="at.mesh"):
+    """What the node answers to a drop of these files, once they are taken."""
+    files = json.dumps([[path.name, base64.b64encode(path.read_bytes()).decode()] for path in paths])
+    return page.evaluate(
+        f"(() => {{ const data = new DataTransfer(); for (const [name, text] of {files})"
+        " data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));"
+        " const event = new DragEvent('drop', { dataTransfer: data });"
+        f" return [{place}.onDragOver(event), {place}.onDragDrop(event)]; }})()"
+    )
+
+
+def assert_shown(page, colour):
+    """The preview draws the texture's colour in its middle, at last: an earlier model is there until then."""
+    viewer = "window.triptychViewers.get(at.shown)"
+    page.wait(f"{viewer}?.host.dataset.ready === 'yes'")
+    end = time.monotonic() + 120
+    while True:
+        page.evaluate(f"{viewer}.set({{mode: 'texture', grid: false}}); {viewer}.state.pose.azimuth = 0;")
+        page.evaluate(f"{viewer}.state.pose.elevation = 0; {viewer}.fit(); {viewer}.draw()")
+        pixels = page.canvas(f"{viewer}.canvas")
+        middle = pixels[pixels.shape[0] // 2, pixels.shape[1] // 2 + 5, :3]
+        if np.abs(middle - colour).max() <= 3:
+            return
+        assert time.monotonic() < end, f"the preview shows {middle}"
+        time.sleep(0.5)
+
+
+FILE = "at.mesh.widgets.find(widget => widget.name === 'file')"
+MESH_GRAPH = {"mesh": ("Triptych_LoadMesh", {}), "shown": ("Triptych_Preview3D", {})}
+
+
+def test_an_obj_is_uploaded_with_what_belongs_to_it(page, comfy, tmp_path):
+    build(page, MESH_GRAPH, [("mesh", 0, "shown", "mesh")])
+    first, second = textured(tmp_path / "first", (200, 100, 50)), textured(tmp_path / "second", (40, 160, 90))
+    assert {path.suffix for path in first} == {".obj", ".mtl", ".png"}
+    names = []
+    for files, colour in ((first, (200, 100, 50)), (second, (40, 160, 90))):
+        before = page.evaluate(f"{FILE}.value ?? ''")
+        page.choose_files(button(page), *files)
+        page.wait(f"({FILE}.value ?? '') !== {json.dumps(before)}", timeout_s=120)
+        names.append(page.evaluate(f"{FILE}.value"))
+        assert page.evaluate(f"{FILE}.options.values.includes({FILE}.value)")
+        entry = queued(page, comfy)
+        said = next(output["text"][0] for output in entry["outputs"].values() if "text" in output)
+        assert said == "4 vertices, 2 faces", "nothing was missing"
+        page.wait(f"{text('mesh')} === {json.dumps(said)}")
+        assert_shown(page, colour)
+    page.keep(f"node_upload_{page.kind}")
+    assert len(set(names)) == 2 and all(name.startswith("triptych/square-") for name in names)
+    # A list that is read anew has them, and the graph's values hold the file and no button.
+    offered = comfy.client().get("/object_info/Triptych_LoadMesh")["Triptych_LoadMesh"]["input"]["required"]["file"]
+    assert set(names) <= set(offered[1]["options"] if offered[0] == "COMBO" else offered[0])
+    kept = "app.graph.serialize().nodes.find(node => node.type === 'Triptych_LoadMesh').widgets_values"
+    assert page.evaluate(kept) == [names[1], False]
+    prompt = json.loads(page.evaluate(PROMPT))
+    assert next(n["inputs"] for n in prompt.values() if n["class_type"] == "Triptych_LoadMesh") == {
+        "file": names[1], "normalize": False
+    }  # fmt: skip
+
+
+def test_files_are_dropped_on_the_node_and_what_cannot_be_used_is_named(page, comfy, tmp_path):
+    build(page, MESH_GRAPH, [("mesh", 0, "shown", "mesh")])
+    obj, *beside = textured(tmp_path / "files", (60, 70, 220))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("x")
+    assert drop(page, [notes]) == [True, False], "ComfyUI opens what is not ours"
+    kept = page.evaluate(f"{FILE}.value ?? null")
+    page.give_files("input.triptych-mesh-files", notes)
+    page.wait(f"{text('mesh')}.startsWith('There is no mesh among the files (notes.txt)')")
+    assert page.evaluate(f"{FILE}.value ?? null") == kept
+    assert drop(page, [obj, notes]) == [True, True]
+    page.wait(f"{FILE}.value?.endsWith('/square.obj')")
+    page.wait(f"{text('mesh')} === 'Left out, because a mesh does not use such files: notes.txt.'")
+    queued(page, comfy)
+    page.wait(f"/square.mtl|material/i.test({text('mesh')})")
+    # What was forgotten can follow, beside the mesh that is chosen.
+    name = page.evaluate(f"{FILE}.value")
+    assert drop(page, beside) == [True, True]
+    page.wait("at.mesh.widgets.find(w => w.type === 'button').label === 'Upload mesh'")
+    assert page.evaluate(f"{FILE}.value") == name
+    queued(page, comfy)
+    page.wait(f"{text('mesh')} === '4 vertices, 2 faces'")
+    assert_shown(page, (60, 70, 220))
+    # A server that refuses says so in the node.
+    page.evaluate("window.plain = window.fetch; window.fetch = async () => new Response('', { status: 413 }); 0")
+    drop(page, [obj])
+    page.wait(f"{text('mesh')}.includes('is larger than the server takes')")
+    page.evaluate("window.fetch = window.plain; 0")
+    assert page.evaluate(f"{FILE}.value") == name

@@ -41,7 +41,7 @@ class Page(Browser):
     """A wider page that records errors, failed requests and every address it asked for."""
 
     def __init__(self, profile, *, width=1280, height=860):
-        self.problems, self.requests = [], []
+        self.problems, self.requests, self.choosers = [], [], []
         super().__init__(profile, *SOFTWARE_GL, seconds=400)
         self.size(width, height)
         for domain in ("Runtime", "Network", "Page", "DOM"):
@@ -55,6 +55,8 @@ class Page(Browser):
             self.problems.append(details.get("exception", {}).get("description") or details["text"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(data["request"]["url"])
+        elif method == "Page.fileChooserOpened":
+            self.choosers.append(data["backendNodeId"])
         elif method == "Runtime.consoleAPICalled" and data["type"] in ("error", "warning"):
             self.problems.append(" ".join(str(argument.get("value", "")) for argument in data["args"]))
         return message
@@ -79,6 +81,18 @@ class Page(Browser):
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
+
+    def choose_files(self, place, *paths):
+        """Clicks there with the mouse, and gives the files to the dialog that this opens."""
+        self.choosers.clear()
+        self.call("Page.setInterceptFileChooserDialog", enabled=True)
+        self.drag(place, place)
+        end = time.monotonic() + 60
+        while not self.choosers:
+            assert time.monotonic() < end, f"no file dialog opened at {place}"
+            self.evaluate("0")
+            time.sleep(0.1)
+        self.call("DOM.setFileInputFiles", backendNodeId=self.choosers[-1], files=[str(path) for path in paths])
 
     def click(self, selector):
         self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")

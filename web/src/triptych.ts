@@ -1,16 +1,18 @@
 // The ComfyUI extension, in classic nodes and in Nodes 2.0: the 3D viewer on Triptych's preview and export nodes, and on
-// all of its nodes what their last run said.
+// all of its nodes what their last run said; Load mesh takes files.
 import { app } from "../../scripts/app.js";
 import { sourcesOf, uploadImage, type MeshOutput } from "./comfy/api";
 import { after } from "./comfy/events";
 import { keepInNode } from "./comfy/mount";
 import { NodeText } from "./comfy/text";
 import type { ComfyNode } from "./comfy/types";
+import { addUpload } from "./comfy/upload";
 import { wordsFor } from "./comfy/words";
 import { Viewer, type ViewState } from "./viewer/index";
 
 const PREFIX = "Triptych_";
 const VIEWERS = new Set(["Triptych_Preview3D", "Triptych_CompareMeshes", "Triptych_ExportMesh"]);
+const LOAD_MESH = "Triptych_LoadMesh";
 const LAST_OUTPUT = "Triptych last output";
 const VIEW = "Triptych view";
 const LOAD_IMAGE = "Triptych picture node";
@@ -41,7 +43,8 @@ function attach(node: ComfyNode): void {
   const widget = node.addDOMWidget("triptych_viewer", "triptych_viewer", host, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => VIEW_HEIGHT,
+    // The frontend keeps a margin of 10 px around it, and a text may follow.
+    getMinHeight: () => VIEW_HEIGHT + 20,
     getValue: () => "",
     setValue: () => undefined,
   });
@@ -104,7 +107,8 @@ app.registerExtension({
     if (!kind.startsWith(PREFIX)) return;
     const words = wordsFor(language());
     if (VIEWERS.has(kind)) attach(node);
-    new NodeText(node, words);
+    const text = new NodeText(node, words);
+    if (kind === LOAD_MESH) addUpload(node, api, words, sentence => text.say(sentence));
   },
 });
 

@@ -51,12 +51,14 @@ export function sourcesOf(output: MeshOutput, api: MakeUrl): Source[] {
   return sources;
 }
 
-/** Puts a picture into ComfyUI's input folder; resolves with the name that LoadImage takes. */
-export async function uploadImage(api: MakeUrl, picture: Blob, filename: string, subfolder = ""): Promise<string> {
+/** Puts a picture, or any other file, into ComfyUI's input folder; resolves with the name that nodes take. Without
+ * `overwrite`, another file of that name stays and the new one is renamed. */
+export async function uploadImage(api: MakeUrl, picture: Blob, filename: string, subfolder = "", overwrite = false): Promise<string> {
   const form = new FormData();
   form.append("image", picture, filename);
   form.append("type", "input");
   if (subfolder) form.append("subfolder", subfolder);
+  if (overwrite) form.append("overwrite", "true");
   const answer = await fetch(api("/upload/image"), { method: "POST", body: form }).catch(() => null);
   if (!answer) throw new Error(`${filename} could not be uploaded: the server does not answer.`);
   if (answer.status === 413) throw new Error(`${filename} is larger than the server takes (--max-upload-size).`);

@@ -25,6 +25,7 @@ export class NodeText {
   constructor(private readonly node: ComfyNode, words: Words) {
     this.area.className = "comfy-multiline-input triptych-text";
     this.area.readOnly = true;
+    this.area.rows = 1;
     this.area.setAttribute("aria-label", words.said);
     Object.assign(this.area.style, {
       width: "100%", height: "100%", boxSizing: "border-box", padding: `${PADDING / 2}px 8px`, resize: "none",

@@ -6,6 +6,8 @@ export interface DomWidget {
 
 export interface Widget {
   name: string;
+  label?: string;
+  serialize?: boolean;
   value: unknown;
   options?: { values?: unknown };
   callback?: (value: unknown) => void;
@@ -21,12 +23,15 @@ export interface ComfyNode {
   properties: Record<string, unknown>;
   widgets?: Widget[];
   graph?: { add(node: ComfyNode): void; getNodeById(id: number | string): ComfyNode | null; setDirtyCanvas?(front: boolean, back: boolean): void } | null;
+  addWidget(type: string, name: string, value: unknown, callback: () => void, options: Record<string, unknown>): Widget;
   addDOMWidget(name: string, type: string, element: HTMLElement, options: Record<string, unknown>): DomWidget;
   removeWidget(widget: DomWidget): void;
   setSize(size: [number, number]): void;
   onExecuted?: (output: unknown) => void;
   onRemoved?: () => void;
   onConfigure?: (data: unknown) => void;
+  onDragOver?: (event: DragEvent) => boolean;
+  onDragDrop?: (event: DragEvent) => boolean;
 }
 
 export interface ComfyApp {
