@@ -1,6 +1,7 @@
 """Run by ComfyUI-Manager and comfy-cli after requirements.txt: builds the pack's web part.
 
-A failure is one sentence, and the pack works without the web part: ComfyUI's own viewer shows the models then.
+A failure is one sentence, and the nodes work without the web part: instead of the viewer they then show how to build it
+and links to the models.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from comfy_server import ComfyServer, find_comfy
+from comfy_server import ROOT, ComfyServer, find_comfy
 from PIL import Image, ImageDraw
 from web_page import Page, built_web, needs_browser
 
@@ -283,3 +283,44 @@ def test_files_are_dropped_on_the_node_and_what_cannot_be_used_is_named(page, co
     page.wait(f"{text('mesh')}.includes('is larger than the server takes')")
     page.evaluate("window.fetch = window.plain; 0")
     assert page.evaluate(f"{FILE}.value") == name
+
+
+# Without the web build ------------------------------------------------------------------------------------------------
+
+
+def unbuilt_pack(folder):
+    """This pack as it is after cloning: all of it but web/dist."""
+    (folder / "web").mkdir(parents=True)
+    for name in ("__init__.py", "nodes", "triptych", "locales", "workflows", "weights", "web/public"):
+        (folder / name).symlink_to(ROOT / name)
+
+
+def test_without_the_build_a_node_says_how_to_get_it_and_links_the_models(tmp_path):
+    unbuilt_pack(tmp_path / "comfy" / "custom_nodes" / "triptych")
+    mesh = textured(tmp_path / "files", (60, 70, 220))
+    ready = READY.replace("window.triptychViewers", "true").format("Triptych_Preview3D")
+    with ComfyServer(tmp_path / "comfy") as server, Page(tmp_path / "profile", width=1600, height=1000) as page:
+        server.client().post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False})
+        for path in mesh:
+            server.client().upload(path.name, path.read_bytes())
+        page.goto(f"http://127.0.0.1:{server.port}/", until=ready, timeout_s=600)
+        assert page.evaluate("typeof triptychViewers") == "undefined"
+        nodes = {"mesh": ("Triptych_LoadMesh", {"file": "square.obj"}), "shown": ("Triptych_Preview3D", {})}
+        links = [("mesh", 0, "shown", "mesh"), ("mesh", 0, "file", "mesh")]
+        build(page, nodes | {"file": ("Triptych_ExportMesh", {})}, links)
+        values = page.evaluate(VALUES)
+        host = "at.{}.widgets.find(widget => widget.name === 'triptych_fallback').element"
+        page.wait(f"{host.format('shown')}.getBoundingClientRect().height > 60")
+        said = page.evaluate(f"{host.format('shown')}.innerText")
+        assert "not built" in said and "python install.py" in said and "Node.js" in said
+        assert page.evaluate(f"{host.format('shown')}.querySelectorAll('a').length") == 0
+        queued(page, server)
+        page.wait(f"{host.format('file')}.querySelector('a')")
+        page.keep("node_fallback")
+        kinds = f"[...{host}.querySelectorAll('a')].map(a => a.download.split('.').pop())"
+        assert page.evaluate(kinds.format("shown")) == ["glb"]
+        assert sorted(page.evaluate(kinds.format("file"))) == ["mtl", "obj", "png"]
+        fetched = f"fetch({host.format('shown')}.querySelector('a').href).then(a => a.text()).then(t => t.slice(0, 4))"
+        assert page.evaluate(fetched) == "glTF"
+        assert page.evaluate(VALUES) == values
+        assert [problem for problem in page.problems if "triptych" in problem.lower()] == []

