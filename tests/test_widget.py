@@ -145,6 +145,7 @@ def test_the_four_formats_are_drawn_alike(page):
 @pytest.mark.parametrize("suffix", ["glb", "obj"])
 def test_a_texture_is_shown_in_its_own_colours_the_right_way_up(page, suffix):
     pixels = show(page, f"square.{suffix}", state={"mode": "texture"})
+    assert page.evaluate("viewerOf(node).model.hasTexture") is True
     found = [where(pixels, colour) for colour in ((200, 100, 50), (30, 160, 90), (60, 70, 220))]
     assert min(map(len, found)) > 2000
     top, left, right = (places.mean(axis=0) for places in found)

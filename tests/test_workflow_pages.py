@@ -3,10 +3,11 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from comfy_server import ROOT, ComfyServer, find_comfy
 from PIL import Image
-from web_page import Page, needs_browser
+from web_page import Page, drawn, needs_browser
 
 from triptych.geometry.files import write_obj
 from triptych.procedural import sample_object, sample_views
@@ -110,6 +111,13 @@ def test_a_workflow_is_queued_from_the_page(page, comfy):
     page.wait(f"window.triptychViewers.get({node})?.host.dataset.ready === 'yes'", timeout_s=900)
     fit(page)
     page.keep("workflow_queued")
+    viewer = f"triptychViewers.get({node})"
+    assert page.evaluate(f"{viewer}.model.hasTexture") is True
+    page.evaluate(f"{viewer}.set({{mode: 'texture', grid: false}}); {viewer}.draw()")
+    pixels = page.canvas(f"{viewer}.canvas")
+    body = pixels[drawn(pixels)][:, :3]
+    # The views are of yellow and purple things: a mesh without its texture is grey all over.
+    assert (np.ptp(body, axis=1) > 60).mean() > 0.3
     history = comfy.client().get("/history")
     assert [entry["status"]["status_str"] for entry in history.values()] == ["success"]
     suffixes = {path.suffix for path in (comfy.output / "mesh").iterdir()}

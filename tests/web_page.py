@@ -21,6 +21,11 @@ from triptych.webbuild import build, find_node
 
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACTS = ROOT / "test-artifacts"
+# What ComfyUI sends with every answer when it was started with --disable-api-nodes.
+COMFY_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self'; connect-src 'self'; frame-src 'self'; object-src 'self';"
+)
 DARK = (23, 24, 27)  # the viewer's dark background
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: install it to draw the page")
@@ -122,6 +127,7 @@ def drawn(pixels, ground=DARK):
 class Served:
     """A folder over HTTP on a free port, with ``replies`` (texts by path) and ComfyUI's /api/view of folder/models.
 
+    Every answer has the strictest policy that ComfyUI sends, so that what works here works with it and without.
     ``uploads`` lists the pictures that were posted to /api/upload/image, as the bytes of the whole form.
     """
 
@@ -142,6 +148,10 @@ class Served:
                 self.send_header("Content-Type", "text/html" if self.path.endswith(".html") else "text/javascript")
                 self.end_headers()
                 self.wfile.write(text.encode())
+
+            def end_headers(self):
+                self.send_header("Content-Security-Policy", COMFY_POLICY)
+                super().end_headers()
 
             def do_POST(self):
                 uploads.append(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,6 +1,6 @@
 // Files of the four formats -> models.
-import { BufferGeometry, LoadingManager, Mesh, MeshStandardMaterial } from "three";
-import { GLTFLoader } from "three/examples/jsm/loaders/GLTFLoader.js";
+import { BufferGeometry, LoadingManager, Mesh, MeshStandardMaterial, TextureLoader } from "three";
+import { GLTFLoader, type GLTFLoaderPlugin, type GLTFParser } from "three/examples/jsm/loaders/GLTFLoader.js";
 import { MTLLoader } from "three/examples/jsm/loaders/MTLLoader.js";
 import { OBJLoader } from "three/examples/jsm/loaders/OBJLoader.js";
 import { PLYLoader } from "three/examples/jsm/loaders/PLYLoader.js";
@@ -52,7 +52,7 @@ export async function fetchBytes(url: string, name: string): Promise<ArrayBuffer
 async function parse(bytes: ArrayBuffer, format: Format, source: Source): Promise<Model> {
   switch (format) {
     case "glb":
-      return modelOf((await new GLTFLoader().parseAsync(bytes, "")).scene, source.name);
+      return modelOf((await new GLTFLoader().register(withImageElements).parseAsync(bytes, "")).scene, source.name);
     case "obj":
       return parseObj(new TextDecoder().decode(bytes), source);
     case "ply":
@@ -60,6 +60,15 @@ async function parse(bytes: ArrayBuffer, format: Format, source: Source): Promis
     case "stl":
       return single(withoutNormals(new STLLoader().parse(bytes)), source.name);
   }
+}
+
+/**
+ * Embedded pictures become image elements. The loader's own way fetches blob: addresses, which ComfyUI's
+ * --disable-api-nodes forbids (connect-src 'self'), and draws the mesh white without a word.
+ */
+function withImageElements(parser: GLTFParser): GLTFLoaderPlugin {
+  parser.textureLoader = new TextureLoader(parser.options.manager);
+  return { name: "triptych_image_elements" };
 }
 
 function single(geometry: BufferGeometry, name: string): Model {

@@ -65,9 +65,7 @@ export class Model {
 
 function disposeMaterial(material: Material): void {
   for (const value of Object.values(material)) {
-    if (!(value instanceof Texture)) continue;
-    value.dispose();
-    if (value.image instanceof ImageBitmap) value.image.close();
+    if (value instanceof Texture) value.dispose();
   }
   material.dispose();
 }
