@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import trimesh
 from PIL import Image
 
 from triptych.errors import TriptychError
@@ -157,8 +158,6 @@ def test_stl_merges_equal_corners(data_dir, tmp_path):
 
 def test_trimesh_agrees_on_what_we_write_and_read(asset, tmp_path):
     """The reference beside our own glTF code: trimesh reads our GLB alike, and we read its GLB alike."""
-    import trimesh
-
     ours = write_glb(asset, tmp_path / "ours.glb")[0]
     scene = trimesh.load_scene(ours, process=False)
     joined = scene.to_mesh()
@@ -246,6 +245,26 @@ def test_vertex_colours_come_back_as_srgb(tmp_path, suffix, atol):
     assert np.abs(read.colors[:, :3] - colors[:, :3]).max() <= atol
     alpha = np.ones(8) if suffix == ".obj" else colors[:, 3]  # OBJ has no place for it
     assert np.abs(read.colors[:, 3] - alpha).max() <= atol
+
+
+def test_glb_of_a_mesh_without_normals_has_smooth_ones_of_length_one(tmp_path):
+    ball = trimesh.creation.icosphere(subdivisions=2)
+    ball = Mesh(ball.vertices.astype(np.float32), ball.faces.astype(np.int64))
+    corners_uv = np.repeat(np.eye(3, 2, dtype=np.float32)[None], len(ball.faces), axis=0).reshape(-1, 2)
+    lonely = np.array([[2, 0, 0]], np.float32)
+    mesh = ball.replace(
+        vertices=np.concatenate([ball.vertices, lonely]),
+        uv=corners_uv,
+        uv_faces=np.arange(len(corners_uv)).reshape(-1, 3),
+    )
+    for write, name in ((write_glb, "ball.glb"), (write_mesh, "ball.gltf")):
+        read = read_mesh(write(mesh, tmp_path / name)[0])
+        assert len(read.vertices) == 3 * len(mesh.faces)  # every corner is a vertex: all edges are seams
+        assert np.abs(np.linalg.norm(read.normals, axis=1) - 1).max() < 1e-5
+        outwards = read.vertices / np.linalg.norm(read.vertices, axis=1, keepdims=True)
+        assert (read.normals * outwards).sum(axis=1).min() > 0.99
+    plain = read_mesh(write_glb(mesh.replace(uv=None, uv_faces=None), tmp_path / "plain.glb")[0])
+    assert np.abs(np.linalg.norm(plain.normals, axis=1) - 1).max() < 1e-5
 
 
 def test_glb_stores_vertex_colours_linear():

@@ -10,9 +10,9 @@ from scipy import ndimage
 
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import Camera, rig_cameras
-from triptych.geometry.mesh import Material, Mesh
+from triptych.geometry.mesh import Material, Mesh, weld_index
 from triptych.geometry.uv import unwrap
-from triptych.render.inpaint import diffuse, dilate, split_long_edges, weld_index
+from triptych.render.inpaint import diffuse, dilate, split_long_edges
 from triptych.render.texture import (
     bake_texture,
     bake_vertex_colours,

@@ -6,10 +6,12 @@ import zipfile
 
 import numpy as np
 import pytest
+import trimesh
 from comfy_server import ComfyServer, find_comfy
 from web_page import Page, Served, copy_web, drawn, needs_browser
 
 from triptych.geometry.files import read_mesh, write_mesh
+from triptych.geometry.gltf_writer import encode_glb
 from triptych.geometry.mesh import Material, Mesh
 from triptych.procedural import sample_object
 from triptych.viewer import export, write_viewer
@@ -67,12 +69,33 @@ def quad():
     )
 
 
+def ball():
+    """A sphere of few faces with UV, whose seam repeats vertices and whose file shall look round."""
+    sphere = trimesh.creation.uv_sphere(radius=0.5, count=[8, 10])
+    corners = sphere.vertices[sphere.faces].reshape(-1, 3)
+    return Mesh(
+        vertices=sphere.vertices.astype(np.float32),
+        faces=sphere.faces.astype(np.int64),
+        uv=(corners[:, :2] + 0.5).astype(np.float32),
+        uv_faces=np.arange(len(corners)).reshape(-1, 3),
+        materials=(Material(roughness=0.8),),
+    )
+
+
+def without_normals(glb):
+    """A GLB whose NORMAL attributes go by a name that no reader knows; not a byte moves."""
+    assert b'"NORMAL"' in glb
+    return glb.replace(b'"NORMAL"', b'"_ORMAL"')
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     models = copy_web(folder)
     for suffix in FORMATS:
         write_mesh(sample_object(), models / f"toy.{suffix}")
+        write_mesh(ball(), models / f"ball.{suffix}")
+    (models / "bare.glb").write_bytes(without_normals(encode_glb(ball())))
     for suffix in ("glb", "obj"):
         write_mesh(quad(), models / f"square.{suffix}")
     with Served(folder, {"/scripts/app.js": APP, "/host.html": HOST}) as served:
@@ -152,6 +175,13 @@ def test_a_texture_is_shown_in_its_own_colours_the_right_way_up(page, suffix):
     assert top[0] < left[0] and left[0] == pytest.approx(right[0], abs=2) and left[1] < right[1]
     assert page.evaluate("viewerOf(node).set({mode: 'plain'})") is None
     assert len(where(canvas(page), (200, 100, 50))) == 0
+
+
+@pytest.mark.parametrize("name", ["ball.glb", "bare.glb", "ball.ply", "ball.stl"])
+def test_a_curved_mesh_is_shaded_round_in_every_format(page, name):
+    wanted, seen = (show(page, each, state={"mode": "shaded"}) for each in ("ball.obj", name))
+    # Facets of a ball this coarse are tens of levels off.
+    assert np.abs(seen[..., :3] - wanted[..., :3]).max() <= 8
 
 
 def test_every_mode_is_drawn_differently_and_absent_ones_are_closed(page):

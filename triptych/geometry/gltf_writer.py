@@ -2,7 +2,8 @@
 
 Vertices are shared by all primitives, so positions keep their number and order. Corner UVs split the vertices on
 their seams, because glTF has one index per corner. Vertex colours become linear floats. Every material is
-double-sided, since open surfaces are common and an invisible back confuses more than it saves.
+double-sided, since open surfaces are common and an invisible back confuses more than it saves. A mesh without normals
+gets smooth ones: a glTF viewer has to draw it in facets otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .colour import colors_to_linear
-from .mesh import Material, Mesh
+from .mesh import Material, Mesh, weld_index
 
 _FLOAT, _UINT = 5126, 5125
 _VERTEX_BUFFER, _INDEX_BUFFER = 34962, 34963
@@ -38,6 +39,17 @@ def split_seams(mesh: Mesh) -> Mesh:
         uv=mesh.uv[uv],
         uv_faces=None,
     )
+
+
+def smooth_normals(mesh: Mesh) -> np.ndarray:
+    """(V, 3) float32: the area-weighted mean over the faces that meet at a position, so that UV seams do not show.
+
+    Always of length 1, as glTF asks: a vertex without a surface points up.
+    """
+    positions, welded = weld_index(mesh.vertices)
+    normals = Mesh(positions, welded[mesh.faces]).vertex_normals()[welded]
+    normals[~normals.any(axis=1)] = (0, 1, 0)
+    return normals
 
 
 def encode_png(picture: np.ndarray) -> bytes:
@@ -120,8 +132,7 @@ def _build(mesh: Mesh, name: str) -> tuple[dict[str, Any], bytes]:
     mesh = split_seams(mesh)
     builder = _Builder()
     attributes = {"POSITION": builder.attribute(mesh.vertices, bounds=True)}
-    if mesh.normals is not None:
-        attributes["NORMAL"] = builder.attribute(mesh.normals)
+    attributes["NORMAL"] = builder.attribute(smooth_normals(mesh) if mesh.normals is None else mesh.normals)
     if mesh.uv is not None:
         attributes["TEXCOORD_0"] = builder.attribute(np.stack([mesh.uv[:, 0], 1 - mesh.uv[:, 1]], axis=1))
     if mesh.colors is not None:

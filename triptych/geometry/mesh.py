@@ -107,3 +107,11 @@ class Mesh:
         if not np.isfinite(longest) or longest <= 0:
             raise TriptychError(f"the mesh has no extent ({low.tolist()} to {high.tolist()}): nothing to scale")
         return self.replace(vertices=((self.vertices - (low + high) / 2) / longest).astype(np.float32))
+
+
+def weld_index(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct positions (W, 3) and, per vertex, its row among them (V,) int64. Only exact copies are merged."""
+    # + 0 turns -0.0 into 0.0; comparing rows as bytes is ten times faster than np.unique(axis=0).
+    rows = np.ascontiguousarray(vertices.astype(np.float32) + np.float32(0))
+    _, first, inverse = np.unique(rows.view("V12").ravel(), return_index=True, return_inverse=True)
+    return rows[first], inverse.ravel().astype(np.int64)

@@ -39,14 +39,6 @@ _SPLIT_FACES = {
 }
 
 
-def weld_index(vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct positions (W, 3) and, per vertex, its row among them (V,) int64. Only exact copies are merged."""
-    # + 0 turns -0.0 into 0.0; comparing rows as bytes is ten times faster than np.unique(axis=0).
-    rows = np.ascontiguousarray(vertices.astype(np.float32) + np.float32(0))
-    _, first, inverse = np.unique(rows.view("V12").ravel(), return_index=True, return_inverse=True)
-    return rows[first], inverse.ravel().astype(np.int64)
-
-
 def split_long_edges(
     vertices: np.ndarray, faces: np.ndarray, corners: np.ndarray, *, max_edge: float, max_faces: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -29,10 +29,10 @@ from torch.nn import functional
 
 from ..errors import TriptychError
 from ..geometry.cameras import Camera
-from ..geometry.mesh import Material, Mesh
+from ..geometry.mesh import Material, Mesh, weld_index
 from ..geometry.uv import check_texture_size, unwrap
 from .course import Cancel, Course, Progress
-from .inpaint import diffuse, dilate, split_long_edges, weld_index
+from .inpaint import diffuse, dilate, split_long_edges
 from .rasterize import rasterize
 from .views import linear_to_srgb, srgb_to_linear
 

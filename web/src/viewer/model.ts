@@ -119,6 +119,8 @@ export function standard(given: Material | undefined, geometry: BufferGeometry):
     material.opacity = source.opacity;
     material.transparent = source.transparent;
   }
+  // GLTFLoader's answer to a file without normals; here such a file is shaded round, whatever its format.
+  material.flatShading = false;
   material.side = DoubleSide;
   material.vertexColors = geometry.hasAttribute("color");
   return material;
