@@ -233,14 +233,52 @@ def test_pointer_keys_and_buttons_do_what_they_say(page):
     assert page.evaluate("viewerOf(node).state.pose.distance") == pytest.approx(distance / 2, rel=0.02)
 
 
+# [name, x and y of the middle, width, height, whether a press there reaches it] of every control over the view.
+CONTROLS = """(() => {
+  const root = viewerOf(node).host.shadowRoot;
+  return [...root.querySelectorAll("button, .bars select, input")].map(each => {
+    const { x, y, width, height } = each.getBoundingClientRect();
+    const [across, down] = [x + width / 2, y + height / 2];
+    return [each.dataset.name, across, down, width, height, each.contains(root.elementFromPoint(across, down))];
+  });
+})()"""
+
+
+def test_every_control_is_there_in_a_node_of_the_default_width(page):
+    """320 wide, of which ComfyUI's margins leave 296."""
+    page.evaluate("window.node?.remove(); window.node = makeNode({}, 296, 260); 0")
+    page.evaluate(f"node.onExecuted({json.dumps(output('toy.glb', 'square.glb'))})")
+    page.wait("viewerOf(node).host.dataset.ready === 'yes'")
+    page.evaluate("viewerOf(node).set({grid: false, mode: 'clay', light: 0})")
+    page.keep("widget_narrow")
+    controls = page.evaluate(CONTROLS)
+    names = {name for name, *_ in controls}
+    assert {"light", "help", "mode", "fit", "compare", "picture", "to-input", "download"} <= names
+    for name, x, y, width, height, is_on_top in controls:
+        assert is_on_top and width >= 24 and height >= 24, name
+        assert width / 2 <= x <= 296 - width / 2 and height / 2 <= y <= 260 - height / 2, name
+    places = {name: (x, y) for name, x, y, *_ in controls}
+    rows = {y for name, (_, y) in places.items() if name != "help"}
+    assert len(rows) == 2, "the bars leave room for the model"
+    x, y = places["light"]
+    touch(page, [(x - 18, y)], [(x + 18, y)])
+    page.wait("viewerOf(node).state.light > 60", timeout_s=30)
+    touch(page, [places["help"]], [])
+    page.wait("!viewerOf(node).host.shadowRoot.querySelector('.help').hidden")
+    page.keep("widget_narrow_help")
+    bottom = "viewerOf(node).host.shadowRoot.querySelector('.help').getBoundingClientRect().bottom"
+    assert page.evaluate(bottom) < 260
+
+
 def touch(page, start, end):
-    """Two fingers from ``start`` to ``end``."""
+    """Fingers from ``start`` to ``end``; a tap without one."""
 
     def points(places):
         return [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(places)]
 
     page.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=points(start))
-    page.call("Input.dispatchTouchEvent", type="touchMove", touchPoints=points(end))
+    if end:
+        page.call("Input.dispatchTouchEvent", type="touchMove", touchPoints=points(end))
     page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
 

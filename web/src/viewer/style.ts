@@ -13,7 +13,7 @@ canvas { position: absolute; inset: 0; width: 100%; height: 100%; display: block
 canvas.dragging { cursor: grabbing; }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 1px; }
 canvas:focus-visible { outline-offset: -3px; }
-.facts { position: absolute; left: 8px; top: 8px; max-width: calc(100% - 16px); color: var(--quiet); pointer-events: none;
+.facts { position: absolute; left: 8px; top: 8px; max-width: calc(100% - 48px); color: var(--quiet); pointer-events: none;
   font-variant-numeric: tabular-nums; text-shadow: 0 0 4px var(--ground), 0 0 2px var(--ground); }
 .facts > * { pointer-events: auto; }
 .facts select { max-width: 100%; margin-bottom: 4px; }
@@ -31,7 +31,7 @@ button:hover:not(:disabled), .bar select:hover { background: var(--hover); }
 button[aria-pressed=true] { background: var(--chosen); color: var(--on-chosen); }
 button:disabled { opacity: .4; cursor: default; }
 svg { width: 16px; height: 16px; fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-input[type=range] { width: 64px; margin: 0 4px; accent-color: var(--quiet); }
+input[type=range] { width: 64px; height: 26px; margin: 0 4px; accent-color: var(--quiet); touch-action: none; }
 .divider { position: absolute; top: 0; bottom: 0; width: 24px; margin-left: -12px; cursor: ew-resize; touch-action: none; }
 .divider::before { content: ""; position: absolute; left: 11px; top: 0; bottom: 0; width: 2px; background: var(--text); opacity: .75; }
 .divider::after { content: "\\2194"; position: absolute; left: 0; top: calc(50% - 12px); width: 24px; height: 24px; border-radius: 50%;
@@ -45,7 +45,8 @@ input[type=range] { width: 64px; margin: 0 4px; accent-color: var(--quiet); }
 .help { right: 8px; top: 40px; position: absolute; width: min(300px, calc(100% - 16px)); padding: 8px 10px; background: var(--panel);
   border: 1px solid var(--line); border-radius: 8px; }
 .ask { position: absolute; right: 8px; top: 8px; }
-@container (max-width: 380px) { .light, .ask { display: none; } }
+/* A node is 320 wide by default, which leaves 296: these widths keep the bars in two rows there. */
+@container (max-width: 380px) { .bar select[data-name=mode] { width: 72px; } input[type=range] { width: 48px; } }
 .root { container-type: size; }
 `;
 
