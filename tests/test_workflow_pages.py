@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ pytestmark = [
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 API = {name: json.loads((ROOT / "workflows" / "api" / f"{name}.api.json").read_text()) for name in NAMES}
 SIDES = ("front", "left", "back", "right")
+# Reconstruct shows what it is making while it runs.
+PICTURED = ["Triptych_PrepareViews", "Triptych_FluxViews", "Triptych_FluxPrepare", "Triptych_FluxSplit",
+            "Triptych_Reconstruct", "SaveImage"]  # fmt: skip
 READY = "window.app?.graph && app.canvas && window.LiteGraph?.registered_node_types['Triptych_Reconstruct']"
 
 
@@ -67,6 +71,31 @@ def fit(page):
     )
 
 
+def overlaps(page):
+    """Titles of the nodes that cover each other as they stand in the editor now, title bars included."""
+    page.screenshot()  # nodes grow when they are drawn
+    boxes = page.evaluate(
+        "app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT,"
+        " n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+    )
+    return [
+        (one, two)
+        for (one, *a), (two, *b) in combinations(boxes, 2)
+        if max(a[0], b[0]) < min(a[2], b[2]) and max(a[1], b[1]) < min(a[3], b[3])
+    ]
+
+
+def show_pictures(page):
+    """What a run would bring to the nodes that show pictures, the ones during the run included."""
+    told = json.dumps({"images": [{"filename": "front.png", "subfolder": "", "type": "input"}]})
+    pictured = f"app.graph._nodes.filter(n => {json.dumps(PICTURED)}.includes(n.type))"
+    page.evaluate(
+        f"{pictured}.forEach(n => app.api.dispatchCustomEvent('executed',"
+        f" {{ node: `${{n.id}}`, display_node: `${{n.id}}`, prompt_id: '', output: {told} }}))"
+    )
+    page.wait(f"{pictured}.every(n => n.imgs?.length)")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_opens_whole_and_means_what_its_api_form_says(page, comfy, name):
     content = load(page, name)
@@ -77,6 +106,7 @@ def test_a_workflow_opens_whole_and_means_what_its_api_form_says(page, comfy, na
     dialogs = page.evaluate("[...document.querySelectorAll('.p-dialog')].map(d => d.innerText)")
     assert dialogs == [], "the editor complains"
     fit(page)
+    assert overlaps(page) == []
     page.keep(f"workflow_{name}")
     made = page.evaluate("app.graphToPrompt().then(p => p.output)")
     wanted = API[name]
@@ -92,6 +122,17 @@ def test_a_workflow_opens_whole_and_means_what_its_api_form_says(page, comfy, na
     titles = {str(node["id"]): node.get("title") for node in content["nodes"]}
     shown = page.evaluate("Object.fromEntries(app.graph._nodes.map(n => [n.id, n.title]))")
     assert all(shown[key] == title for key, title in titles.items() if title)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_covers_another_once_the_pictures_of_a_run_are_shown(page, name):
+    load(page, name)
+    fit(page)
+    show_pictures(page)
+    fit(page)
+    found = overlaps(page)
+    page.keep(f"workflow_{name}_with_pictures")
+    assert found == []
 
 
 def test_a_workflow_is_queued_from_the_page(page, comfy):
@@ -110,6 +151,7 @@ def test_a_workflow_is_queued_from_the_page(page, comfy):
     node = "app.graph._nodes.find(n => n.type === 'Triptych_Preview3D')"
     page.wait(f"window.triptychViewers.get({node})?.host.dataset.ready === 'yes'", timeout_s=900)
     fit(page)
+    assert overlaps(page) == []
     page.keep("workflow_queued")
     viewer = f"triptychViewers.get({node})"
     assert page.evaluate(f"{viewer}.model.hasTexture") is True

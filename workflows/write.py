@@ -22,10 +22,11 @@ from triptych.api.convert import convert  # noqa: E402
 SIDES = ("front", "left", "back", "right")
 WIDTH, GAP, LINE = 320, 80, 26
 HEADER = 110  # of a group's title and the margin below it
+# What a node shows below its settings, while it runs or after: ComfyUI takes 220 for pictures, our viewer 240.
 PREVIEWS = {
     "LoadImage": 220, "Triptych_PrepareViews": 160, "Triptych_FluxViews": 420,
-    "Triptych_FluxPrepare": 220, "Triptych_FluxSplit": 320, "Triptych_Preview3D": 420,
-    "SaveImage": 260,
+    "Triptych_FluxPrepare": 220, "Triptych_FluxSplit": 320, "Triptych_Reconstruct": 240,
+    "Triptych_ExportMesh": 280, "Triptych_Preview3D": 420, "SaveImage": 260,
 }  # fmt: skip
 
 
