@@ -32,6 +32,8 @@ PlanSocket = io.Custom("TRIPTYCH_FLUX_PLAN")
 MODELS_OWN = "the model's"
 # Colours that the sheet's background may have, as cutting it out knows them.
 BACKDROPS = {"white": (1.0, 1.0, 1.0), "magenta": (1.0, 0.0, 1.0), "green": (0.0, 1.0, 0.0)}
+# What the choice means for `ViewsCard.mirrored`.
+MIRRORED = {MODELS_OWN: None, "yes": True, "no": False}
 PATCH = 16  # pixels of the sheet per latent token
 DEFAULT_SIZE = 512
 
@@ -119,6 +121,15 @@ class FluxPrepare(io.ComfyNode):
                     "views; empty is the model's own. A LoRA that was trained with another one says so in its header.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "mirrored",
+                    options=list(MIRRORED),
+                    default=MODELS_OWN,
+                    optional=True,
+                    tooltip="Whether the model wants the mirror image of every given view beside it, as a LoRA does "
+                    "whose training sheets were made with --mirrored.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("positive", display_name="positive", tooltip="For CFG Guider or Basic Guider."),
@@ -130,6 +141,12 @@ class FluxPrepare(io.ComfyNode):
                     "references", display_name="references", tooltip="The given views as the model sees them, a batch."
                 ),
                 io.String.Output("text", display_name="text", tooltip="What the model reads, and warnings."),
+                io.Float.Output(
+                    "guidance",
+                    display_name="guidance",
+                    tooltip="The model's own for these pictures and words: for the cfg of CFG Guider with FLUX.2, 1 "
+                    "where it is in the conditioning already (FLUX.1).",
+                ),
             ],
         )
 
@@ -147,13 +164,15 @@ class FluxPrepare(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..triptych.flux.prompts import check_prompt, fill_template
 
-        card = asked_card(card_of(vae), **{name: rest[name] for name in _CHOICES})
+        chosen = {name: rest[name] for name in _CHOICES}
+        card = asked_card(card_of(vae), **chosen, mirrored=rest.get("mirrored", MODELS_OWN))
         sources = connected_sides(rest, mask_shows)
         given = prepared(sources, size, foreground)
         words, said = check_prompt(prompt, card, given is not None)
         text = fill_template(card, words, sources)
         references, notes = reference_pictures(given, card)
         plan = Plan(card, given, size, (*(given.warnings if given is not None else ()), *said, *notes))
+        steps, guidance = card.usual(given is not None)
         positive, unwanted = conditionings(clip, vae, text, negative, references, card)
         report = "\n".join([text, *plan.warnings])
         shown = blank(card) if references is None else references
@@ -161,10 +180,11 @@ class FluxPrepare(io.ComfyNode):
             positive,
             unwanted,
             empty_latent(vae, card),
-            sigma_tensor(card, rest["steps"] or card.usual(given is not None)[0]),
+            sigma_tensor(card, rest["steps"] or steps),
             plan,
             shown,
             report,
+            guidance if _is_klein(card) else 1.0,
             ui=ui.PreviewImage(shown, cls=cls).as_dict() | {"text": [report]},
         )
 
@@ -267,7 +287,14 @@ _CHOICES = ("panel_size", "steps", "shift", "background", "template")
 
 
 def asked_card(
-    card: ViewsCard, *, panel_size: int, steps: int, shift: float, background: str, template: str
+    card: ViewsCard,
+    *,
+    panel_size: int,
+    steps: int,
+    shift: float,
+    background: str,
+    template: str,
+    mirrored: str = MODELS_OWN,
 ) -> ViewsCard:
     """The card with the user's choices; 0, "" and MODELS_OWN keep its own. Raises TriptychError for a panel size that
     is no multiple of 16, and a template without {text}."""
@@ -284,7 +311,8 @@ def asked_card(
         "background": BACKDROPS.get(background),
         "prompt_template": template.strip(),
     }
-    return replace(card, **{name: value for name, value in chosen.items() if value})
+    kept = {name: value for name, value in chosen.items() if value}
+    return replace(card, **kept, mirrored=card.mirrored if MIRRORED[mirrored] is None else MIRRORED[mirrored])
 
 
 def prepared(sources: dict[str, np.ndarray], size: int, foreground: str) -> ViewSet | None:
@@ -320,9 +348,9 @@ def conditionings(
     import torch
     from node_helpers import conditioning_set_values
 
-    extra: dict[str, Any] = {} if card.architecture == "flux2-klein" else {"guidance": card.guidance}
+    single = not _is_klein(card)
+    extra: dict[str, Any] = {"guidance": card.usual(references is not None)[1]} if single else {}
     if references is not None:
-        single = card.architecture != "flux2-klein"
         shown = [torch.cat(list(references), dim=1)[None]] if single else list(references.split(1))
         extra["reference_latents"] = [vae.encode(one) for one in shown]
         extra["reference_latents_method"] = "offset" if single else "index"
@@ -331,6 +359,10 @@ def conditionings(
         encoded = clip.encode_from_tokens_scheduled(clip.tokenize(words))
         made.append(conditioning_set_values(encoded, extra))
     return made[0], made[1]
+
+
+def _is_klein(card: ViewsCard) -> bool:
+    return card.architecture == "flux2-klein"
 
 
 def empty_latent(vae: Any, card: ViewsCard) -> dict[str, Any]:

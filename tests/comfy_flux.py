@@ -87,7 +87,7 @@ def route(job: dict[str, Any], given: dict[str, torch.Tensor]) -> tuple[dict[str
             used, _ = comfy.sd.load_lora_for_models(model, None, state, wanted["strength"], 0.0)
         views = {view: given["photo"] for view in wanted["views"]}
         prepared = flux_native.FluxPrepare.execute(clip, vae, **job["settings"], prompt=wanted["prompt"], **views)
-        positive, negative, latent, sigmas, plan, references, text = prepared.args
+        positive, negative, latent, sigmas, plan, references, text, guidance = prepared.args
         noise = core.Noise_RandomNoise(job["seed"])
         guider = comfy.samplers.CFGGuider(used)
         guider.set_conds(positive, negative)
@@ -100,7 +100,16 @@ def route(job: dict[str, Any], given: dict[str, torch.Tensor]) -> tuple[dict[str
             sheet = vae.decode(drawn)
         made |= {f"{name}.sheet": sheet, f"{name}.embedding": positive[0][0], f"{name}.references": references}
         made |= {f"{name}.latent": latent["samples"], f"{name}.sigmas": sigmas}
-        told[name] = {"text": text, "kept": sorted(positive[0][1]), "missing": plan.missing}
+        told[name] = {"text": text, "kept": sorted(positive[0][1]), "missing": plan.missing, "guidance": guidance}
+        if views:
+            told[name]["mirrored"] = [
+                len(
+                    flux_native.FluxPrepare.execute(
+                        clip, vae, **job["settings"], prompt="", **views, mirrored=choice
+                    ).args[5]
+                )
+                for choice in ("yes", "no")
+            ]
         split = flux_native.FluxSplit.execute(given["sheet"], "the model's", 0, plan)
         made |= {f"{name}.views": split.args[0].images, f"{name}.mask": split.args[2], f"{name}.masks": split.args[7]}
         told[name]["info"] = split.args[8]

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from triptych.flux.backend import load_flux_views
+from triptych.flux.card import read_card
 from triptych.flux.lora import apply_lora, not_mappable, remove_loras, save_lora
 from triptych.flux.native import export_native
 from triptych.geometry.files import read_mesh
@@ -241,6 +242,8 @@ def test_the_native_route_draws_what_the_other_route_draws(comfy, small_klein, n
     views = ROUTES[name]["views"]
     text = f"{ROUTES[name]['prompt']}. given: {', '.join(views) or 'nothing'}."
     assert told[name]["text"].split("\n")[0] == text
+    assert told[name]["guidance"] == read_card(small_klein).usual(bool(views))[1]
+    assert not views or told[name]["mirrored"] == [2 * len(views), len(views)]
     assert told[name]["missing"] == [view for view in ("front", "left", "back", "right") if view not in views]
     assert ("reference_latents" in told[name]["kept"]) == bool(views)
     assert found[f"{name}.latent"].shape == (1, 128, 8, 8) and not found[f"{name}.latent"].any()

@@ -48,7 +48,7 @@ def put_together(
     if told is not None:
         odd = [name for name in drawn if _opposite(name) not in known and contradicts(name, panels, known)]
         drawn = {name: panel for name, panel in drawn.items() if name not in odd}
-        notes += _left_out(odd, "disagrees with the given views about the object's height")
+        notes += _left_out(odd, "lay at other heights than the given views")
     if not (known or drawn):
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
     if told is None:
@@ -62,7 +62,7 @@ def put_together(
 
 
 def _left_out(names: list[str], why: str) -> list[str]:
-    return [f"the {name} panel {why}: the set goes on without it" for name in names]
+    return [f"the {' and '.join(names)} panel {why}: the set goes on without it"] if names else []
 
 
 def _opposite(name: str) -> str:
