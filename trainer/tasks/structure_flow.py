@@ -53,6 +53,7 @@ class StructureFlowConfig:
     the structure_vae task exported, None for the field. view_shares: how often a sample has 1, 2, 3 and 4 views.
     drop_condition: share of samples without pictures, for guidance. drawn_share: of the samples of rows that have drawn
     sets, how many take one; 0 for a flow that knows no drawn views. drawn_whole: of these, how many have no given view.
+    drop_drawn: how often a drawn view of a set is left out, as the pipeline leaves out what contradicts the given ones.
     normal_weight: of the loss of the view encoder's
     surface directions, 0 for an encoder without them."""
 
@@ -70,6 +71,7 @@ class StructureFlowConfig:
     drop_condition: float = 0.05
     drawn_share: float = 0.0
     drawn_whole: float = 0.2
+    drop_drawn: float = 0.25
     time_mean: float = 7.0  # of the logit; many voxels tell of the whole through much noise (latents: 1 and 1)
     time_std: float = 2.0
     min_weight_time: float = 0.3  # the velocity loss weighs a latent's error by 1 / t^2, from this time up
@@ -213,13 +215,15 @@ class StructureFlowTask:
         item["normal"] = np.zeros((*item["albedo"].shape[:3], 3), dtype=np.uint8)
         symmetry = int(generator.integers(8))
         item, order = symmetric_sample(item, symmetry), view_order(symmetry)
-        views = np.flatnonzero(found["shown"][order])
+        kept = generator.random(4) >= self.config.drop_drawn
+        shown, given = found["shown"][order], found["given"][order]
+        views = np.flatnonzero(shown & (given | kept) if (given | (shown & kept)).any() else shown)
         pictures = torch.from_numpy(np.ascontiguousarray(item["albedo"][views])).permute(0, 3, 1, 2).contiguous()
         side = self.config.image_size // 4
         return {
             "images": pictures,
             "views": torch.from_numpy(views),
-            "drawn": torch.from_numpy(~found["given"][order][views]),
+            "drawn": torch.from_numpy(~given[views]),
             "normals": torch.zeros(len(views), 4, side, side, dtype=torch.half),
             "sdf": torch.from_numpy(np.ascontiguousarray(item["sdf"])),
         }

@@ -159,16 +159,14 @@ def _structure(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """``structure_from_views``'s field, and what the outlines allow of it, which is None where they are not kept.
 
-    What a model drew is an opinion: it cuts nothing away. A flow that was not trained on drawn views obeys them, so
-    every second pose is reconstructed from the given views alone.
+    What a model drew is an opinion: it cuts nothing away, and every second pose is reconstructed from the given views
+    alone.
     """
     flow, decoder = networks(bundle)
     flow, decoder = flow.to(device), decoder.to(device)
     poses = POSES[: settings.ensemble]
     every, given = (_network_views(one, flow.image_size, device) for one in (views, views.seen))
-    posed = _posed(
-        [given if number % 2 and not flow.reads_drawn_views else every for number in range(len(poses))], poses
-    )
+    posed = _posed([(every, given)[number % 2] for number in range(len(poses))], poses)
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (len(poses), flow.in_channels, *[flow.resolution] * 3)
     noise = torch.randn(shape, generator=generator).to(device)
