@@ -95,7 +95,8 @@ class Mesh:
             [np.bincount(self.faces.ravel(), np.repeat(cross[:, k], 3), len(self.vertices)) for k in range(3)], axis=1
         )
         length = np.linalg.norm(total, axis=1, keepdims=True)
-        return np.divide(total, length, out=np.zeros_like(total), where=length > 1e-20).astype(np.float32)
+        # Without faces the sums are of whole numbers.
+        return np.divide(total, length, out=np.zeros(total.shape), where=length > 1e-20).astype(np.float32)
 
     def normalized(self) -> Mesh:
         """Centred, longest side 1: model space, inside [-0.5, 0.5]^3.
