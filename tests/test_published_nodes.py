@@ -142,13 +142,18 @@ def test_a_texture_size_projects_the_views(nodes, loaded, views):
     assert np.ptp(made.mesh.vertices, axis=0).max() == pytest.approx(1, abs=1e-5)
 
 
-def test_cancelling_stops_between_steps(nodes, comfy, loaded, views):
+def test_cancelling_stops_between_steps(nodes, comfy, loaded, views, monkeypatch):
+    from triptych_pack.triptych.pipelines import published
+
+    reached = []
+    monkeypatch.setattr(published, "sample_slat", lambda *_, **__: reached.append("latents"))
     comfy.interrupt_at = 0.1
     with pytest.raises(comfy.Interrupted):
         nodes.reconstruct.reconstruct(loaded, views, **SETTINGS | {"steps": 1000})
     assert comfy.shares[-1] < 0.3
     comfy.interrupt_at = 2.0
-    nodes.running.run(lambda reporter: None)  # waits for the remnant, which has heard of it too
+    nodes.running.run(lambda reporter: None)  # waits for the remnant
+    assert reached == [], "the library was told to stop as well"
 
 
 def test_wrong_combinations_name_both(nodes, comfy, loaded, views, error):
