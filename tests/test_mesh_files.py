@@ -265,6 +265,9 @@ def test_glb_of_a_mesh_without_normals_has_smooth_ones_of_length_one(tmp_path):
         assert (read.normals * outwards).sum(axis=1).min() > 0.99
     plain = read_mesh(write_glb(mesh.replace(uv=None, uv_faces=None), tmp_path / "plain.glb")[0])
     assert np.abs(np.linalg.norm(plain.normals, axis=1) - 1).max() < 1e-5
+    for shape in (trimesh.creation.box(), trimesh.creation.cylinder(0.3, 1.0)):  # else their edges would be rounded off
+        hard = Mesh(shape.vertices.astype(np.float32), shape.faces.astype(np.int64))
+        assert read_mesh(write_glb(hard, tmp_path / "hard.glb")[0]).normals is None
 
 
 def test_glb_stores_vertex_colours_linear():
