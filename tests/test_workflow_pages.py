@@ -86,8 +86,8 @@ def overlaps(page):
 
 
 def show_pictures(page):
-    """What a run would bring to the nodes that show pictures, the ones during the run included."""
-    told = json.dumps({"images": [{"filename": "front.png", "subfolder": "", "type": "input"}]})
+    """What a run would bring to the nodes that show pictures, the ones during the run included, with two lines said."""
+    told = json.dumps({"images": [{"filename": "front.png", "subfolder": "", "type": "input"}], "text": ["one\ntwo"]})
     pictured = f"app.graph._nodes.filter(n => {json.dumps(PICTURED)}.includes(n.type))"
     page.evaluate(
         f"{pictured}.forEach(n => app.api.dispatchCustomEvent('executed',"

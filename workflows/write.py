@@ -28,6 +28,13 @@ PREVIEWS = {
     "Triptych_FluxPrepare": 220, "Triptych_FluxSplit": 320, "Triptych_Reconstruct": 240,
     "Triptych_ExportMesh": 280, "Triptych_Preview3D": 420, "SaveImage": 260,
 }  # fmt: skip
+# Lines of text that a node usually has to say after a run, by which it grows (web/src/comfy/text.ts).
+SAYS = {
+    "Triptych_LoadMesh": 2, "Triptych_PrepareViews": 3, "Triptych_FluxViews": 5, "Triptych_FluxPrepare": 5,
+    "Triptych_FluxSplit": 3, "Triptych_Reconstruct": 5, "Triptych_CleanMesh": 3, "Triptych_TextureMesh": 2,
+    "Triptych_ExportMesh": 3,
+}  # fmt: skip
+TEXT_LINE, TEXT_FRAME = 15, 32
 
 
 class Editor:
@@ -61,11 +68,12 @@ class Editor:
         names = info.get("output_name", info["output"])
         outputs = [{"name": n, "type": t, "links": []} for n, t in zip(names, info["output"], strict=True)]
         height = 40 + LINE * (len(stored) + max(len(outputs), sum("widget" not in slot for slot in slots)))
+        says = TEXT_LINE * SAYS[kind] + TEXT_FRAME if kind in SAYS else 0
         self._place(column, height + PREVIEWS.get(kind, 0), {
             "id": number, "type": kind, "flags": {}, "mode": 0, "inputs": slots, "outputs": outputs,
             "properties": {"Node name for S&R": kind}, "widgets_values": [*stored, *extra],
             **({"title": title} if title else {}),
-        })  # fmt: skip
+        }, says)  # fmt: skip
         return number
 
     def note(self, column: int, text: str) -> None:
@@ -90,9 +98,9 @@ class Editor:
         self._links.append([number, *source, target, slot, made])
         return number
 
-    def _place(self, column: int, height: int, node: dict[str, Any]) -> None:
+    def _place(self, column: int, height: int, node: dict[str, Any], grows: int = 0) -> None:
         top = self._bottoms.get(column, HEADER)
-        self._bottoms[column] = top + height + GAP
+        self._bottoms[column] = top + height + grows + GAP
         place = {"pos": [40 + column * (WIDTH + GAP), top], "size": [WIDTH, height], "order": len(self._nodes)}
         self._nodes.append(node | place)
 
