@@ -183,8 +183,11 @@ def button(page):
         label = "[...document.querySelectorAll('.lg-node *')].find(e => !e.children.length && e.textContent.trim() === "
         label += "'Upload mesh')"
         find = f"({label}?.closest('button') ?? {label}?.parentElement.querySelector('button'))"
+        middle = f"(b => [b.x + b.width / 2, b.y + b.height / 2])({find}.getBoundingClientRect())"
+        # It is where it stays once a click there would meet it.
         page.wait(f"{find}?.getBoundingClientRect().height > 5")
-        return page.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({find}.getBoundingClientRect())")
+        page.wait(f"{find}.contains(document.elementFromPoint(...{middle}))")
+        return page.evaluate(middle)
     page.screenshot()  # widgets have their places once they are drawn
     return page.evaluate(
         "(() => { const node = at.mesh, widget = node.widgets.find(w => w.label === 'Upload mesh'), c = app.canvas;"
