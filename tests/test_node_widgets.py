@@ -187,7 +187,10 @@ def button(page):
         # It is where it stays once a click there would meet it.
         page.wait(f"{find}?.getBoundingClientRect().height > 5")
         page.wait(f"{find}.contains(document.elementFromPoint(...{middle}))")
-        return page.evaluate(middle)
+        before = None
+        while before != (before := page.evaluate(middle)):  # the node's other widgets may still find their places
+            time.sleep(0.5)
+        return before
     page.screenshot()  # widgets have their places once they are drawn
     return page.evaluate(
         "(() => { const node = at.mesh, widget = node.widgets.find(w => w.label === 'Upload mesh'), c = app.canvas;"
