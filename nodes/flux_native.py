@@ -236,6 +236,8 @@ class FluxSplit(io.ComfyNode):
 
     @classmethod
     def execute(cls, sheet: Tensor, background: str, size: int, plan: Plan | None = None) -> io.NodeOutput:
+        from ..triptych.images.sheets import sheet_of
+
         colour = BACKDROPS.get(background) or (plan.card.background if plan else BACKDROPS["white"])
         views, warnings = put_together(sheet, plan, colour, size)
         joined, mask = flattened(sheet_of(views))
@@ -410,14 +412,3 @@ def put_together(
         ]
     warnings = tuple(dict.fromkeys([*(plan.warnings if plan else ()), *complaints, *notes]))
     return replace(views, warnings=warnings), warnings
-
-
-def sheet_of(views: ViewSet) -> np.ndarray:
-    """(2S, 2S, 4) float32; a view that the set lacks is transparent."""
-    import numpy as np
-
-    from ..triptych.images.sheets import join_sheet
-
-    found = dict(zip(views.names, views.images.permute(0, 2, 3, 1).numpy(), strict=True))
-    nothing = np.zeros((views.size, views.size, 4), dtype=np.float32)
-    return join_sheet({name: found.get(name, nothing) for name in NAMES}).astype(np.float32)

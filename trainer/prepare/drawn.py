@@ -243,16 +243,12 @@ def finished(asked: Asked, panels: dict[str, np.ndarray]) -> DrawnSet:
     views = np.zeros((2, 4, size, size, 4), dtype=np.uint8)
     shown = np.zeros((2, 4), dtype=bool)
     for k, one in enumerate(sets):
-        for name in one.names:
-            views[k, VIEW_NAMES.index(name)] = (_picture(one, name) * 255 + 0.5).astype(np.uint8)
+        for name, picture in one.pictures.items():
+            views[k, VIEW_NAMES.index(name)] = (picture * 255 + 0.5).astype(np.uint8)
             shown[k, VIEW_NAMES.index(name)] = True
-    scale = np.array([_diagonal(_picture(one, known)) for one in sets]) / _diagonal(asked.pictures[known])
+    scale = np.array([_diagonal(one.pictures[known]) for one in sets]) / _diagonal(asked.pictures[known])
     is_given = np.array([name in asked.given for name in VIEW_NAMES])
     return DrawnSet(asked.symmetry, views, shown, is_given, scale.astype(np.float32))
-
-
-def _picture(views: ViewSet, name: str) -> np.ndarray:
-    return views.images[views.names.index(name)].permute(1, 2, 0).numpy()
 
 
 def _diagonal(rgba: np.ndarray) -> float:

@@ -75,10 +75,17 @@ def flatten(rgba: np.ndarray, background: Sequence[float] = (1.0, 1.0, 1.0)) -> 
     return (rgba[..., :3] * alpha + colour * (1 - alpha)).astype(np.float32)
 
 
+def sheet_of(views: ViewSet) -> np.ndarray:
+    """A view set in a grid, (2S, 2S, 4) float32; a view that it lacks is transparent."""
+    nothing = np.zeros((views.size, views.size, 4), dtype=np.float32)
+    found = views.pictures
+    return join_sheet({name: found.get(name, nothing) for name in VIEW_NAMES}).astype(np.float32)
+
+
 def _in_order(views: ViewSet | Mapping[str, ImageSource] | Sequence[ImageSource], layout: str) -> list[np.ndarray]:
     _check_layout(layout)
     if isinstance(views, ViewSet):
-        named: dict[str, ImageSource] = dict(zip(views.names, views.images.permute(0, 2, 3, 1).numpy(), strict=True))
+        named: dict[str, ImageSource] = dict(views.pictures.items())
     elif isinstance(views, Mapping):
         named = dict(views)
     else:

@@ -87,6 +87,11 @@ class ViewSet:
         return rig_cameras(self.azimuths_deg)
 
     @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The images by name, each (S, S, 4) float32."""
+        return dict(zip(self.names, self.images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True))
+
+    @property
     def rgba(self) -> torch.Tensor:
         """(V, 4, S, S) float32, the images."""
         return self.images

@@ -40,7 +40,7 @@ def put_together(
     panels: all views of the sheet, (P, P, 4) float32. size: pixels of a finished view. Raises TriptychError when every
     panel is empty and nothing was given.
     """
-    known = {} if given is None else dict(zip(given.names, given.images.permute(0, 2, 3, 1).numpy(), strict=True))
+    known = {} if given is None else given.pictures
     panels = in_known_colours(panels, known)
     drawn = {name: panels[name] for name in missing if not is_empty(panels[name])}
     notes = _left_out([name for name in missing if name not in drawn], "stayed empty")

@@ -25,7 +25,7 @@ from ..flux.panels import check_views, cut_sheet, grouped, lost_in_key, with_mir
 from ..flux.prompts import check_prompt, fill_template, require_prompt
 from ..geometry.cameras import VIEW_NAMES
 from ..images.files import ImageSource
-from ..images.sheets import flatten, join_sheet
+from ..images.sheets import flatten, sheet_of
 from ..images.views import ViewKey, ViewSet, azimuth_of, prepare_views, view_name
 from ..sampling.flow_euler import Cancelled
 from .drawn_views import put_together
@@ -297,9 +297,5 @@ def _result(
     prompt: str,
 ) -> GeneratedViews:
     warnings = tuple(dict.fromkeys(notes))
-    images = view_set.images.permute(0, 2, 3, 1).contiguous().numpy()
-    views = dict(zip(view_set.names, images, strict=True))
-    blank = np.zeros((view_set.size, view_set.size, 4), dtype=np.float32)
-    sheet = join_sheet({name: views.get(name, blank) for name in VIEW_NAMES}).astype(np.float32)
-    whole = replace(view_set, warnings=warnings)
+    whole, sheet, views = replace(view_set, warnings=warnings), sheet_of(view_set), view_set.pictures
     return GeneratedViews(whole, sheet, views, generated, seed, rerolls, warnings, clock.seconds, drawn, prompt)
