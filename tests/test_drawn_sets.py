@@ -44,11 +44,11 @@ def data(boxes_and_balls, tmp_path_factory) -> Path:
     with pytest.raises(TriptychError, match="has no drawn sets: run `python -m trainer drawn"):
         DrawnSets(PreparedData(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawn, "_model", lambda name, device: Painter())
+        patch.setattr(drawn, "_model", lambda *which: Painter())
         made, skipped = drawn.draw_sets(folder, EMBEDDED, sets=2)
         assert made + skipped == 2 * len(PreparedData(folder).records) and skipped < made / 4
         # A second run finds all done, and asks no model.
-        patch.setattr(drawn, "_model", lambda name, device: pytest.fail("drawn again"))
+        patch.setattr(drawn, "_model", lambda *which: pytest.fail("drawn again"))
         assert drawn.draw_sets(folder, EMBEDDED, sets=2) == (made, skipped)
     return folder
 
@@ -92,21 +92,21 @@ def test_what_cannot_be_drawn_is_skipped_and_told_and_a_failing_model_is_an_erro
     monkeypatch.setattr(
         empty, "sheet", lambda *asked, **more: torch.tensor([1.0, 0, 1])[:, None, None].expand(3, 256, 256)
     )
-    monkeypatch.setattr(drawn, "_model", lambda name, device: empty)
+    monkeypatch.setattr(drawn, "_model", lambda *which: empty)
     total = len(PreparedData(folder).records)
     assert drawn.draw_sets(folder, EMBEDDED) == (0, total)
     reasons = [
         one["reason"] for file in (folder / "drawn").glob("*.json") for one in json.loads(file.read_text())["skipped"]
     ]
     assert len(reasons) == total and all("panel: the set has no known scale" in reason for reason in reasons)
-    monkeypatch.setattr(drawn, "_model", lambda name, device: pytest.fail("an empty shard is done too"))
+    monkeypatch.setattr(drawn, "_model", lambda *which: pytest.fail("an empty shard is done too"))
     assert drawn.draw_sets(folder, EMBEDDED) == (0, total)
 
     def breaks(*asked, **more):
         raise TriptychError("out of memory")
 
     monkeypatch.setattr(empty, "sheet", breaks)
-    monkeypatch.setattr(drawn, "_model", lambda name, device: empty)
+    monkeypatch.setattr(drawn, "_model", lambda *which: empty)
     with pytest.raises(TriptychError, match="out of memory"):
         drawn.draw_sets(folder, EMBEDDED, sets=2)
 
@@ -132,7 +132,7 @@ def test_a_sample_is_a_set_in_any_symmetry_with_its_drawn_views_marked(data):
         StructureFlowConfig(data=str(data), image_size=64, drawn_share=1.0, drawn_whole=0.3, drop_drawn=0.4)
     )
     task.setup(torch.device("cpu"))
-    drawn_ones = [index for index in range(task.size()) if task.drawn.count(*task.data.place(index))]
+    drawn_ones = [index for index in range(task.size()) if task.drawn[0].count(*task.data.place(index)[1:])]
     whole = told = 0
     fewest = 4
     for seed in range(40):
@@ -154,6 +154,25 @@ def test_a_sample_is_a_set_in_any_symmetry_with_its_drawn_views_marked(data):
     assert 4 < whole < 25 and told > 5, "else a wrong view would pass"
     again = task.sample(7, 7)
     assert all(torch.equal(again[key], value) for key, value in task.sample(7, 7).items())
+
+
+def test_further_folders_bring_their_own_drawn_sets(data, boxes_and_balls, tmp_path):
+    """A folder without sets gives true views alone; which folder comes first makes no difference."""
+    bare = tmp_path / "bare"
+    shutil.copytree(boxes_and_balls, bare)
+    for first, second in ((data, bare), (bare, data)):
+        config = StructureFlowConfig(
+            data=str(first), extra_data=(str(second),), image_size=64, drawn_share=1.0, drawn_whole=1.0, drop_drawn=0.0
+        )
+        task = StructureFlowTask(config)
+        task.setup(torch.device("cpu"))
+        marked = {part: 0 for part in (0, 1)}
+        for index in range(task.size()):
+            marked[task.data.place(index)[0]] += int(task.sample(index, 3)["drawn"].sum())
+        assert [part for part, count in marked.items() if count] == [0 if first == data else 1]
+    nowhere = StructureFlowTask(replace(config, extra_data=()))
+    with pytest.raises(TriptychError, match="has no drawn sets: run `python -m trainer drawn"):
+        nowhere.setup(torch.device("cpu"))
 
 
 def test_a_flow_trained_on_drawn_sets_reads_the_marks(data, tmp_path):

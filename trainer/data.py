@@ -81,14 +81,20 @@ class JoinedData:
         part, own = self._locate(index)
         return part[own]
 
-    def place(self, index: int) -> tuple[str, int]:
-        """Shard and row of an object of the first folder; an empty name for those of the others."""
+    def place(self, index: int) -> tuple[int, str, int]:
+        """Number of the folder, shard and row."""
         part, own = self._locate(index)
-        return part.rows[own][:2] if part is self.parts[0] else ("", own)
+        return self.parts.index(part), *part.rows[own][:2]
 
     def field(self, index: int) -> np.ndarray:
         part, own = self._locate(index)
         return part.field(own)
+
+
+def drawn_sets(parts: Sequence[PreparedData]) -> dict[int, DrawnSets]:
+    """By their number, the sets of those folders for which a views model drew any. TriptychError when none has."""
+    found = {number: DrawnSets(part) for number, part in enumerate(parts) if (part.folder / DRAWN).is_dir()}
+    return found or {0: DrawnSets(parts[0])}  # which says what to do
 
 
 class DrawnSets:

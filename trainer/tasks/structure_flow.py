@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.data import (
-    DrawnSets,
     JoinedData,
     PreparedData,
+    drawn_sets,
     mirrored,
     posed_views,
     quarter_turn,
@@ -167,7 +167,7 @@ class StructureFlowTask:
                 f"{self.config.image_size}: prepare with --view-size {self.config.image_size}"
             )
         self.band = float(self.data.options["sdf_band"])
-        self.drawn = DrawnSets(self.data.parts[0]) if self.config.drawn_share else None
+        self.drawn = drawn_sets(self.data.parts) if self.config.drawn_share else {}
 
     # ---- data
 
@@ -205,11 +205,12 @@ class StructureFlowTask:
     def _drawn_sample(self, index: int, generator: np.random.Generator) -> dict[str, Any] | None:
         """Views as a model drew them beside the given ones, in the scale of their set; None where there are none, and
         when the sample is to have true views."""
-        shard, row = self.data.place(index) if self.drawn else ("", 0)
-        if not self.drawn or not self.drawn.count(shard, row) or generator.random() >= self.config.drawn_share:
+        part, shard, row = self.data.place(index)
+        sets = self.drawn.get(part)
+        if sets is None or not sets.count(shard, row) or generator.random() >= self.config.drawn_share:
             return None
-        number = int(generator.integers(self.drawn.count(shard, row)))
-        found = self.drawn.get(shard, row, number, whole=bool(generator.random() < self.config.drawn_whole))
+        number = int(generator.integers(sets.count(shard, row)))
+        found = sets.get(shard, row, number, whole=bool(generator.random() < self.config.drawn_whole))
         field = symmetric_sample(self.data[index], found["symmetry"])["sdf"]
         item = {"albedo": found["views"], "sdf": rescaled(field, found["scale"])}
         item["normal"] = np.zeros((*item["albedo"].shape[:3], 3), dtype=np.uint8)
