@@ -40,20 +40,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from trainer.chain import CHAINS, run_chain
     from trainer.config import apply_overrides
     from trainer.loop import train
     from trainer.recipes import build_recipe
 
+    if args.recipe in CHAINS:
+        folder = args.run_dir or Path("runs") / args.recipe
+        _say(run_chain(args.recipe, folder, args.set, processes=args.processes, device=args.device))
+        return
+    _refuse_processes(args)
     config = apply_overrides(build_recipe(args.recipe), args.set)
     run_dir = args.run_dir or Path("runs") / config.name
     _say(train(config, run_dir, recipe=args.recipe, device=args.device))
 
 
 def _resume(args: argparse.Namespace) -> None:
+    from trainer.chain import is_chain, resume_chain
     from trainer.config import apply_overrides
     from trainer.loop import train
     from trainer.runs import check_resume, find_run, read_run, run_lock, write_run
 
+    for folder in (Path(args.run), Path("runs") / args.run):
+        if is_chain(folder):
+            _say(resume_chain(folder, args.set, processes=args.processes, device=args.device))
+            return
+    _refuse_processes(args)
     run_dir = find_run(args.run)
     saved, recipe = read_run(run_dir)
     config = apply_overrides(saved, args.set)
@@ -63,6 +75,14 @@ def _resume(args: argparse.Namespace) -> None:
             write_run(run_dir, config, recipe)
         _say(f"changed: {', '.join(changed)}")
     _say(train(config, run_dir, recipe=recipe, device=args.device))
+
+
+def _refuse_processes(args: argparse.Namespace) -> None:
+    if args.processes != 1:
+        raise TriptychError(
+            f"--processes {args.processes} is for recipes of several runs (flux_tiny): start one run as "
+            f"`accelerate launch --multi_gpu --num_processes {args.processes} -m trainer ...`"
+        )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -285,6 +305,10 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     for command in (train, resume, plan):
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override one config value"
+        )
+    for command in (train, resume):
+        command.add_argument(
+            "--processes", type=int, default=1, metavar="N", help="for each run of a recipe of several (flux_tiny)"
         )
     for command in (train, resume, evaluate, export):
         command.add_argument("--device", choices=("auto", "cpu"), default="auto")

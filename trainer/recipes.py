@@ -32,6 +32,7 @@ RECIPES |= {name: f"trainer.recipes_large:{name}" for name in _LARGE}
 _FLUX_TINY = ("flux_vae_tiny", "flux_text_tiny", "flux_views_tiny")
 _FLUX = ("flux2_klein_4b_lora", "flux2_klein_4b_full", "flux2_klein_9b_lora", "flux1_kontext_lora")
 RECIPES |= {name: f"trainer.recipes_flux:{name}" for name in (*_FLUX_TINY, *_FLUX)}
+CHAIN_NAMES = ("flux_tiny",)  # recipes of several runs, see trainer/chain.py
 
 
 def recipe(function: Recipe) -> Recipe:
@@ -45,6 +46,8 @@ def recipe(function: Recipe) -> Recipe:
 
 def build_recipe(name: str) -> TrainConfig:
     """The config of a registered recipe or of ``module:function``."""
+    if name in CHAIN_NAMES:
+        raise TriptychError(f"{name} is several runs: train or resume it, or name one of them (flux_views_tiny)")
     config = import_named(name, RECIPES, "recipe")()
     if not isinstance(config, TrainConfig):
         raise TriptychError(f"recipe {name!r} returned {type(config).__name__}: a recipe returns a TrainConfig")

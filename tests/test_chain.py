@@ -1,0 +1,151 @@
+"""Recipes of several runs: stages in their order, settings that reach them, going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from trainer import chain  # noqa: E402
+from trainer.__main__ import main  # noqa: E402
+from trainer.chain import FLUX_TINY, Chain, Stage, run_chain  # noqa: E402
+from trainer.recipes import CHAIN_NAMES  # noqa: E402
+from triptych.errors import TriptychError  # noqa: E402
+from triptych.flux.backend import load_flux_views  # noqa: E402
+
+SMALL = ("steps=2", "batch_size=2", "warmup_steps=1", "tensorboard=false", "validate_every=0", "pictures_every=0")
+SETTINGS = (
+    *(f"{stage}.{setting}" for stage in ("vae", "text", "views") for setting in SMALL),
+    *(
+        f"vae.task_config.{s}"
+        for s in ("channels=12,48,72,72", "crop=32", "validation_objects=2", "component_sheets=8")
+    ),
+    *(f"text.task_config.{s}" for s in ("vocabulary_size=400", "intermediate_size=32", "attention_heads=1")),
+    *(f"sheets.{s}" for s in ("panel=64", "variants=1", "captions=1", "workers=0")),
+    *(f"views.task_config.size.{s}" for s in ("heads=1", "double_blocks=1", "single_blocks=1")),
+    *(f"views.task_config.{s}" for s in ("text_tokens=24", "sample_steps=1", "spread_prompts=0")),
+)
+
+
+def flags(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def test_one_command_makes_a_views_model_and_says_its_parts(boxes_and_balls, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)  # the stages are processes that import the trainer
+    words = ["train", "flux_tiny", "--run-dir", str(tmp_path / "chain"), "--device", "cpu"]
+    settings = flags(f"data={boxes_and_balls}", *SETTINGS)
+    assert main([*words, *settings]) == 0
+    said = capfd.readouterr().out
+    for number, stage in enumerate(FLUX_TINY.stages, start=1):
+        assert f"flux_tiny {number}/8, {stage.name}: " in said
+    assert f"python -m trainer sheets {boxes_and_balls} --model {tmp_path / 'chain' / 'parts'}" in said
+    assert said.splitlines()[-1].endswith(f"--views-model {tmp_path / 'chain' / 'flux'} -o chair.obj")
+    model = load_flux_views(tmp_path / "chain" / "flux")
+    assert model.card.panel_size == 64 and model.card.mirrored and "red" in model.card.vocabulary
+    assert model.sheet("a red box. given: .", seed=0).shape == (3, 128, 128)
+
+    # Again: nothing is left to do. Resumed: the same. Of other settings: refused.
+    assert main([*words, *settings]) == 0 and main(["resume", str(tmp_path / "chain")]) == 0
+    said = capfd.readouterr().out
+    assert said.count("finished: ") == 2 and "flux_tiny 1/8" not in said
+    assert main([*words, *settings, "--set", "views.lr=1"]) == 1
+    assert "holds a chain that was begun by `train flux_tiny --set data=" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("lr=1", "a chain takes data=FOLDER and the keys of its stages (vae.KEY, text.KEY, sheets.KEY, views.KEY)"),
+        ("data.x=1", "a chain takes data=FOLDER"),
+        ("parts.x=1", "a chain takes data=FOLDER"),
+        ("views.stpes=1", "--set stpes: unknown key, did you mean 'steps'"),
+        ("views.steps=many", "--set steps"),
+        ("sheets.variant=1", "unknown key 'variant', did you mean 'variants'"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_runs(tmp_path, capsys, setting, told):
+    assert main(["train", "flux_tiny", "--run-dir", str(tmp_path / "chain"), "--set", setting]) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "chain").exists()
+
+
+def test_what_is_not_a_chain_is_refused(tmp_path, capsys, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert main(["train", "flux_tiny", "--run-dir", str(tmp_path / "other")]) == 1
+    assert "is not empty and is not a chain" in capsys.readouterr().err
+    assert main(["plan", "flux_tiny"]) == 1
+    assert "flux_tiny is several runs: train or resume it, or name one of them" in capsys.readouterr().err
+    assert main(["train", "flux_views_tiny", "--processes", "2"]) == 1
+    assert "--processes 2 is for recipes of several runs" in capsys.readouterr().err
+    assert main(["train", "flux_tiny", "--processes", "0"]) == 1
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "flux_tiny"]) == 1
+    assert "run it without a launcher, with --processes N" in capsys.readouterr().err
+    assert tuple(chain.CHAINS) == CHAIN_NAMES
+
+
+@pytest.fixture
+def two_stages(monkeypatch) -> Chain:
+    """The first makes a folder, the second trains."""
+    stages = (
+        Stage("first", ("sheets", "--out", "{}/sheets"), out="sheets", options=("panel",), reads_data=True),
+        Stage("second", ("train", "flux_vae_tiny"), recipe="flux_vae_tiny", run="second"),
+    )
+    made = Chain(stages, "second", "look at {}/second")
+    monkeypatch.setitem(chain.CHAINS, "two", made)
+    return made
+
+
+def test_it_goes_on_in_the_stage_that_was_interrupted(two_stages, tmp_path, monkeypatch, capsys):
+    ran: list[str] = []
+    stop_in, trained = ["first"], [False]
+
+    def run(command, stage, processes):
+        ran.append(stage.name)
+        assert processes == 3
+        if stage.out:
+            folder = tmp_path / "chain" / stage.out
+            assert not folder.exists(), "what an interrupted command left is gone"
+            folder.mkdir()
+        return stage.name in stop_in
+
+    monkeypatch.setattr(chain, "_run", run)
+    monkeypatch.setattr(chain, "_is_trained", lambda folder: trained[0])
+
+    def go(*settings: str) -> str:
+        return run_chain("two", tmp_path / "chain", list(settings), processes=3)
+
+    resume = f"saved: python -m trainer resume {tmp_path / 'chain'}"
+    assert go("first.panel=64") == f"two was interrupted in first and {resume}"
+    stop_in.clear()
+    assert go("first.panel=64") == f"two was interrupted in second and {resume}", "told to stop, it ends well too"
+    trained[0] = True
+    assert chain.resume_chain(tmp_path / "chain", [], processes=3).endswith(f"look at {tmp_path / 'chain'}/second")
+    assert ran == ["first", "first", "second", "second"]
+    assert f"sheets data --out {tmp_path / 'chain'}/sheets --panel 64" in capsys.readouterr().out
+    with pytest.raises(TriptychError, match="is a chain of runs, --set lr=1 does not reach them"):
+        chain.resume_chain(tmp_path / "chain", ["lr=1"])
+    (tmp_path / "chain" / "chain.json").write_text(json.dumps({"format": 9, "recipe": "two"}))
+    with pytest.raises(TriptychError, match="not a chain of format 1"):
+        chain.resume_chain(tmp_path / "chain", [])
+
+
+def test_a_stage_that_fails_or_is_told_to_stop_ends_the_chain(two_stages, tmp_path, monkeypatch):
+    stage = two_stages.stages[0]
+    with pytest.raises(TriptychError, match="the stage first ended with the exit code 2: see what it said above"):
+        chain._run(["no-such-command"], stage, 1)
+    # A signal to this process reaches the child, which would go on for a minute.
+    popen = subprocess.Popen
+    monkeypatch.setattr(chain.subprocess, "Popen", lambda command: popen(["sleep", "60"]))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert chain._run(["train"], stage, 1) is True
