@@ -66,8 +66,8 @@ def test_one_command_makes_a_views_model_and_says_its_parts(boxes_and_balls, tmp
         ("lr=1", "a chain takes data=FOLDER and the keys of its stages (vae.KEY, text.KEY, sheets.KEY, views.KEY)"),
         ("data.x=1", "a chain takes data=FOLDER"),
         ("parts.x=1", "a chain takes data=FOLDER"),
-        ("views.stpes=1", "--set stpes: unknown key, did you mean 'steps'"),
-        ("views.steps=many", "--set steps"),
+        ("views.stpes=1", "stage views: --set stpes: unknown key, did you mean 'steps'"),
+        ("views.steps=many", "stage views: steps='many': expected an integer"),
         ("sheets.variant=1", "unknown key 'variant', did you mean 'variants'"),
     ],
 )

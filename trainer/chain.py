@@ -155,7 +155,10 @@ def _command(stage: Stage, folder: Path, settings: Iterable[str], device: str) -
     if stage.recipe:
         more = [f"task_config.data={data}"] if stage.reads_data else []
         # Now, so that a wrong key is told before an hour of the stages before it.
-        apply_overrides(build_recipe(stage.recipe), [*words[3::2], *more, *own])
+        try:
+            apply_overrides(build_recipe(stage.recipe), [*words[3::2], *more, *own])
+        except TriptychError as error:
+            raise TriptychError(f"stage {stage.name}: {error}") from error
         words += [word for setting in (*more, *own) for word in ("--set", setting)]
         return [*words, "--run-dir", str(folder / stage.run), "--device", device]
     for setting in own:
