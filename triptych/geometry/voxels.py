@@ -202,16 +202,23 @@ def hull_field(masks: np.ndarray | torch.Tensor, cameras: Sequence[Camera], reso
     antialiased mask gives sub-pixel edges; the distance to it is measured in the picture and scaled to voxels (for a
     perspective camera at the voxel's own depth). ``isosurface(hull_field(...))`` is the smooth visual hull.
     """
+    return torch.cat([views.amin(dim=0) for views in _silhouette_slabs(masks, cameras, resolution)]).numpy()
+
+
+def silhouette_fields(masks: np.ndarray | torch.Tensor, cameras: Sequence[Camera], resolution: int = 64) -> np.ndarray:
+    """The signed distances of ``hull_field`` for each view alone: (V, R, R, R) float32, voxels, positive inside."""
+    return torch.cat(list(_silhouette_slabs(masks, cameras, resolution)), dim=1).numpy()
+
+
+def _silhouette_slabs(
+    masks: np.ndarray | torch.Tensor, cameras: Sequence[Camera], resolution: int
+) -> Iterator[torch.Tensor]:
+    """(V, n, R, R) along x."""
     alphas = _checked_masks(masks, cameras).detach().cpu()
-    distances = torch.stack([torch.from_numpy(silhouette_distance(alpha.numpy())) for alpha in alphas])
-    slabs = []
+    distances = [torch.from_numpy(silhouette_distance(alpha.numpy())) for alpha in alphas]
     for centers in _center_slabs(resolution, alphas.device):
-        views = [
-            _sample_distance(distance, camera, centers) * resolution
-            for distance, camera in zip(distances, cameras, strict=True)
-        ]
-        slabs.append(torch.stack(views).amin(dim=0))
-    return torch.cat(slabs).numpy()
+        views = zip(distances, cameras, strict=True)
+        yield torch.stack([_sample_distance(distance, camera, centers) for distance, camera in views]) * resolution
 
 
 def silhouette_distance(alpha: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@
 
 A bundle with a second stage refines the field with structured latents (pipelines/structured.py); without one, the mesh
 is the field's isosurface. A bundle with a structure decoder runs the first flow in its latent space; one without runs
-it on the field itself. What the silhouettes rule out is cut away from the field: no point of it projects outside of a
-given view's outline. Functions take progress and cancel callbacks and touch no files.
+it on the field itself. The given views' outlines hold (pipelines/outlines.py): no point of the field projects outside
+of one, and none stays empty. Functions take progress and cancel callbacks and touch no files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..geometry.cameras import Camera
 from ..geometry.cleanup import decimate, keep_components, smooth
 from ..geometry.isosurface import isosurface
 from ..geometry.mesh import Mesh
-from ..geometry.voxels import hull_field, turn_volume
+from ..geometry.voxels import turn_volume
 from ..images.views import ViewSet
 from ..memory import give_back
 from ..models.lifting import LiftedStructureFlow, PosedViews
@@ -37,6 +37,7 @@ from ..models.slat_lifting import LiftedSLatFlow
 from ..render.texture import Fill, colour_from_views
 from ..sampling.flow_euler import Cancelled, flow_euler_sample
 from ..sparse.tensor import SparseTensor
+from .outlines import Outlines, covered, outlines_of
 from .structured import has_second_stage, latents_from_views, mesh_from_latents
 
 VIEW_SIZE = 512  # pixels: what to prepare views at, for the texture's sake
@@ -54,10 +55,10 @@ Cancel = Callable[[], bool]
 class Settings:
     """seed: of the noise. steps, guidance: of the flow; None takes the bundle's own. texture_size: texels per side, 0
     for vertex colours. target_faces: the mesh is decimated to about that many, 0 leaves it. keep_silhouettes: cut away
-    what projects outside of a view. second_stage: refine the field with the bundle's second stage; None does where it
-    has one. slat_steps, slat_guidance: of that stage's flow; None takes the bundle's own. ensemble: how many poses of
-    the object (turned by quarters, mirrored; 1-8) are reconstructed together and averaged: the network is not exactly
-    symmetric, and what it is sure of stays."""
+    what projects outside of a view, and fill where one shows something and nothing is. second_stage: refine the field
+    with the bundle's second stage; None does where it has one. slat_steps, slat_guidance: of that stage's flow; None
+    takes the bundle's own. ensemble: how many poses of the object (turned by quarters, mirrored; 1-8) are reconstructed
+    together and averaged: the network is not exactly symmetric, and what it is sure of stays."""
 
     seed: int = 0
     steps: int | None = None
@@ -196,10 +197,10 @@ def _structure(
         parts = [decoder(part)[:, 0].float() for part in flow.denormalize(latent).split(2)]
         fields = torch.cat(parts).cpu().numpy()
     upright = [_restore(one, turns, mirror) for one, (turns, mirror) in zip(fields, poses, strict=True)]
-    field, hull = np.mean(upright, axis=0), None
+    field, outlines = np.mean(upright, axis=0), None
     if settings.keep_silhouettes:
-        hull = _allowed(_resize(views.seen.images, HULL_SIZE)[:, 3], views.seen.cameras, len(field))
-    return _settled(field, bundle, hull), hull
+        outlines = outlines_of(_resize(views.seen.images, HULL_SIZE)[:, 3], views.seen.cameras, len(field))
+    return _settled(field, bundle, outlines), None if outlines is None else outlines.allowed
 
 
 def settled_field(
@@ -207,28 +208,18 @@ def settled_field(
 ) -> np.ndarray:
     """What the network predicted (R, R, R), as the signed field whose zero is the surface, in voxels.
 
-    masks (V, S, S): the views' alpha, by which it is cut; None leaves it whole. Raises TriptychError for views that
-    contradict each other.
+    masks (V, S, S): the views' alpha, whose outlines it is brought to keep; None leaves it as it is. Raises
+    TriptychError for views that contradict each other.
     """
-    return _settled(field, bundle, None if masks is None else _allowed(masks, cameras, len(field)))
+    return _settled(field, bundle, None if masks is None else outlines_of(masks, cameras, len(field)))
 
 
-def _allowed(masks: torch.Tensor, cameras: Sequence[Camera], resolution: int) -> np.ndarray:
-    """What the outlines (V, S, S) leave: a signed field (R, R, R) in voxels. Raises TriptychError for nothing."""
-    allowed = hull_field(masks, cameras, resolution)
-    if not (allowed > 0).any():
-        raise TriptychError(
-            "the outlines contradict each other, no point lies inside all of them: check which view is which side"
-        )
-    return allowed
-
-
-def _settled(field: np.ndarray, bundle: Bundle, allowed: np.ndarray | None) -> np.ndarray:
+def _settled(field: np.ndarray, bundle: Bundle, outlines: Outlines | None) -> np.ndarray:
     # Blocks are predicted side by side: a little smoothing closes the steps between them. The mean of what is possible
     # shrinks what is thin, so the surface is taken below zero. Both were chosen on validation objects.
     field = field * _number(bundle, "voxels_per_unit", 1.0)
     field = ndimage.gaussian_filter(field, _number(bundle, "smoothing_voxels", 0.0)) - _number(bundle, "level", 0.0)
-    return (field if allowed is None else np.minimum(field, allowed)).astype(np.float32)
+    return (field if outlines is None else np.minimum(covered(field, outlines), outlines.allowed)).astype(np.float32)
 
 
 def networks(bundle: Bundle) -> tuple[LiftedStructureFlow, torch.nn.Module]:
