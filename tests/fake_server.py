@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import mimetypes
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,10 +21,18 @@ MAGIC = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class FakeServer:
-    """Each queued job runs ``work(self, prompt_id, graph)`` in a thread; it returns outputs or raises Broken."""
+    """Each queued job runs ``work(self, prompt_id, graph)`` in a thread; it returns outputs or raises Broken.
 
-    def __init__(self, work: Callable[[FakeServer, str, dict], dict] | None = None, port: int = 0) -> None:
+    pages: a folder whose files are served too, for a browser."""
+
+    def __init__(
+        self,
+        work: Callable[[FakeServer, str, dict], dict] | None = None,
+        port: int = 0,
+        pages: Path | None = None,
+    ) -> None:
         self.work = work or (lambda server, prompt_id, graph: {})
+        self.pages = pages
         self.running: dict[str, dict] = {}
         self.pending: dict[str, dict] = {}
         self.done: dict[str, dict] = {}
@@ -91,14 +101,17 @@ class FakeServer:
             outputs = self.work(self, prompt_id, graph)
         except Broken as broken:
             status = {"status_str": "error", "completed": False, "messages": [[broken.kind, broken.data]]}
+            outputs = broken.outputs
         if self.running.pop(prompt_id, None) is not None:
-            self.done[prompt_id] = {"outputs": outputs, "status": status}
+            self.done[prompt_id] = {"prompt": [1, prompt_id, graph, {}, []], "outputs": outputs, "status": status}
             self.send("executing", node=None, prompt_id=prompt_id)
 
 
 class Broken(Exception):
-    def __init__(self, kind: str, **data: Any) -> None:
-        self.kind, self.data = kind, data
+    """outputs: of the nodes that ran before."""
+
+    def __init__(self, kind: str, *, outputs: dict | None = None, **data: Any) -> None:
+        self.kind, self.outputs, self.data = kind, outputs or {}, data
 
 
 def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -116,6 +129,7 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_GET(self) -> None:
+            self.path = self.path.removeprefix("/api")
             fake.requests.append(("GET", self.path))
             url = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
@@ -125,6 +139,8 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
                 items = [[[n, key, graph] for n, (key, graph) in enumerate(part.items())] for part in
                          (fake.running, fake.pending)]  # fmt: skip
                 self._json({"queue_running": items[0], "queue_pending": items[1]})
+            elif url.path == "/history":
+                self._json(fake.done)
             elif url.path.startswith("/history/"):
                 key = url.path.rpartition("/")[2]
                 self._json({key: fake.done[key]} if key in fake.done else {})
@@ -134,6 +150,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             elif url.path == "/view":
                 content = fake.files.get((query["type"], query["subfolder"], query["filename"]))
                 self._bytes(404 if content is None else 200, content or b"")
+            elif fake.pages is not None and (fake.pages / url.path[1:]).is_file():
+                kind = mimetypes.guess_type(url.path)[0] or "application/octet-stream"
+                self._bytes(200, (fake.pages / url.path[1:]).read_bytes(), kind)
             else:
                 self._bytes(404, b"no such page")
 
@@ -145,6 +164,7 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def do_POST(self) -> None:
+            self.path = self.path.removeprefix("/api")
             fake.requests.append(("POST", self.path))
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             if self.path == "/upload/image":
@@ -187,8 +207,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
         def _json(self, content: Any, status: int = 200) -> None:
             self._bytes(status, json.dumps(content).encode())
 
-        def _bytes(self, status: int, content: bytes) -> None:
+        def _bytes(self, status: int, content: bytes, kind: str = "application/octet-stream") -> None:
             self.send_response(status)
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

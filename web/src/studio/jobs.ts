@@ -13,8 +13,8 @@ export interface JobEvents {
   /** What is computed now and how far it is (0 to 1; null where the node does not say). */
   progress(stage: string, fraction: number | null): void;
   picture(image: Blob): void;
-  /** A node of the job is done, or was cached, and has something to show. */
-  output(node: string, output: MeshOutput): void;
+  /** A node of the job is done, or was cached, and has something to show; heard again when the job ends, even badly. */
+  output(node: string, classType: string | undefined, output: MeshOutput): void;
   server(sentence: string): void;
 }
 
@@ -53,11 +53,11 @@ export class Jobs {
       for (;;) {
         const woken = new Promise<void>(wake => { this.current = { id, graph, wake }; });
         const entry = await this.history(id);
-        if (entry) return finished(entry);
+        if (entry) return this.finished(entry);
         if (!(await this.isWaiting(id))) {
           // It may have ended between the two questions.
           const late = await this.history(id);
-          if (late) return finished(late);
+          if (late) return this.finished(late);
           throw new Error(words.lostJob);
         }
         await Promise.race([woken, new Promise(done => setTimeout(done, POLL_MS))]);
@@ -120,6 +120,16 @@ export class Jobs {
     this.socket?.close();
   }
 
+  /** The messages of the websocket may have been missed, so all outputs are told once more. Raises Error as `follow`. */
+  private finished(entry: HistoryEntry): HistoryEntry {
+    for (const [node, output] of Object.entries(entry.outputs)) this.output(entry.prompt[2], node, output);
+    return succeeded(entry);
+  }
+
+  private output(graph: Graph, node: string, output: MeshOutput): void {
+    this.events.output(node, graph[node]?.class_type, output);
+  }
+
   private text(raw: string): void {
     const { type, data } = JSON.parse(raw) as Message;
     if (type === "status") return this.status(data);
@@ -130,7 +140,7 @@ export class Jobs {
       const [value, max] = [Number(data.value), Number(data.max)];
       this.events.progress(titleOf(job.graph, String(data.node ?? "")), max > 0 ? value / max : null);
     }
-    if (type === "executed" && data.output) this.events.output(String(data.node), data.output as MeshOutput);
+    if (type === "executed" && data.output) this.output(job.graph, String(data.node), data.output as MeshOutput);
     const ends = ["execution_success", "execution_error", "execution_interrupted"].includes(type);
     if (ends || (type === "executing" && data.node === null)) job.wake();
   }
@@ -172,7 +182,7 @@ function refusal({ error, node_errors }: QueueAnswer, graph: Graph): string {
   return [error?.message, error?.details].filter(Boolean).join(": ") || words.noReason;
 }
 
-function finished(entry: HistoryEntry): HistoryEntry {
+function succeeded(entry: HistoryEntry): HistoryEntry {
   const messages = new Map(entry.status?.messages ?? []);
   if (messages.has("execution_interrupted")) throw new Error(words.stopped);
   const failure = messages.get("execution_error");

@@ -2,7 +2,8 @@
 import { uploadImage, viewUrl, type MeshOutput } from "../comfy/api";
 import { Viewer } from "../viewer/index";
 import { listedResults, resultOf, Thumbnails, type Result } from "./gallery";
-import { Jobs, type HistoryEntry } from "./jobs";
+import { Jobs } from "./jobs";
+import { Remarks } from "./remarks";
 import { Slots } from "./slots";
 import { listed, translatePage, words } from "./words";
 import { chooseWorkflow, fill, QUALITIES, SIDES, viewsOnly, type Graph, type Kind, type Settings, type Side } from "./workflow";
@@ -23,6 +24,7 @@ let completeChosen = false;
 
 const viewer = new Viewer($("viewer"), { toInput: async picture => words.savedInput(await uploadImage(api, picture, `triptych_${Date.now()}.png`, "triptych")) });
 const thumbnails = new Thumbnails();
+const remarks = new Remarks($("warnings"), $("report"));
 const slots = new Slots($("slots"), fail, () => plan());
 const jobs = new Jobs(api, {
   progress(stage, fraction) {
@@ -37,7 +39,10 @@ const jobs = new Jobs(api, {
     $("preview").querySelector("img")!.src = shownPicture;
     $("preview").hidden = false;
   },
-  output(_node, output) { showSheet(output); },
+  output(node, classType, output) {
+    showSheet(output);
+    remarks.add(node, classType, output);
+  },
   server(sentence) { $("server").textContent = sentence; },
 });
 
@@ -107,6 +112,7 @@ async function upload(side: Side, file: File): Promise<string> {
 /** Queues the workflow for what is there, the views alone or all of it, and follows it to its end. */
 async function make(onlyViews = false): Promise<void> {
   fail("");
+  remarks.clear();
   const found = kind();
   if (found === null) return fail(words.nothingGiven);
   busy(true, words.sending);
@@ -130,7 +136,6 @@ async function follow(id: string, graph: Graph, onlyViews: boolean): Promise<voi
   busy(true, words.queued);
   try {
     const entry = await jobs.follow(id, graph);
-    report(entry);
     if (onlyViews) return;
     const result = resultOf(id, entry, api);
     if (!result) throw new Error(words.noMesh);
@@ -140,27 +145,6 @@ async function follow(id: string, graph: Graph, onlyViews: boolean): Promise<voi
     localStorage.removeItem(RUNNING);
     if (!onlyViews) await refreshGallery();
   }
-}
-
-/** Shows what the nodes say: warnings by themselves, the rest small. */
-function report(entry: HistoryEntry): void {
-  const graph = entry.prompt[2];
-  const warnings = new Set<string>();
-  const texts: string[] = [];
-  for (const [node, output] of Object.entries(entry.outputs)) {
-    showSheet(output);
-    const lines = (output.text ?? []).flatMap(text => text.split("\n")).filter(Boolean);
-    // All that Prepare views says is a warning.
-    const warned = graph[node]?.class_type === "Triptych_PrepareViews" ? lines : (output.triptych_views?.[0]?.warnings ?? []);
-    for (const line of warned) warnings.add(line);
-    texts.push(...lines);
-  }
-  const rest = texts.filter(line => !warnings.has(line));
-  $("warnings").replaceChildren(...[...warnings].map(text => Object.assign(document.createElement("li"), { textContent: text })));
-  $("warnings").hidden = warnings.size === 0;
-  if (warnings.size) $("warnings").scrollIntoView({ block: "nearest" });
-  $("report").textContent = rest.join("\n");
-  $("report").hidden = rest.length === 0;
 }
 
 function busy(on: boolean, stage = ""): void {
