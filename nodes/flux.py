@@ -1,7 +1,8 @@
 """A sentence, or pictures of some sides -> a view set, with a Flux model.
 
 A Flux views model is a folder in diffusers layout. One that a graph names is looked for in models/triptych and
-models/diffusers, then among those that come with the pack; a bundle may hold one in its folder ``flux``.
+models/diffusers, then among those that come with the pack; a bundle may hold one in its folder ``flux``. The base that
+a LoRA's card names may lie there too, under its name or as owner/name; else it is fetched.
 """
 
 from __future__ import annotations
@@ -254,7 +255,9 @@ def opened(source: str | Path, *, dtype: str, **settings: Any) -> LoadedFlux:
     model_management.free_memory(weight_bytes(source) + WORK_BYTES, device)
     kind = None if dtype == "auto" else dtype
     views = run(
-        lambda reporter: load_flux_views(source, device=device, dtype=kind, progress=reporter.progress, **settings)
+        lambda reporter: load_flux_views(
+            source, device=device, dtype=kind, models=model_roots(), progress=reporter.progress, **settings
+        )
     )
     loaded = LoadedFlux(views, device, patcher_of(views, device))
     loaded.load(0)
@@ -334,7 +337,7 @@ def info(loaded: LoadedFlux, prompt: str, made: GeneratedViews) -> str:
 def model_names() -> list[str]:
     """The models in the folders of the graph's machine, the embedded ones first."""
     found: dict[str, None] = {}
-    for folder in (EMBEDDED, *_folders(FOLDER), *_folders("diffusers")):
+    for folder in (EMBEDDED, *model_roots()):
         if folder.is_dir():
             found |= {entry.name: None for entry in sorted(folder.iterdir()) if _model_in(entry) is not None}
     return list(found) or ["triptych-tiny"]
@@ -342,7 +345,7 @@ def model_names() -> list[str]:
 
 def model_folder(name: str) -> Path:
     """The folder of a model that ``model_names`` lists; models folders come first, as a user may replace ours."""
-    places = [folder / checked_name(name) for folder in (*_folders(FOLDER), *_folders("diffusers"), EMBEDDED)]
+    places = [folder / checked_name(name) for folder in (*model_roots(), EMBEDDED)]
     for place in places:
         found = _model_in(place)
         if found is not None:
@@ -374,6 +377,11 @@ def lora_file(name: str) -> Path:
         if path.is_file():
             return path
     raise TriptychError(f"there is no LoRA {name!r} in models/loras: put it there, or choose another")
+
+
+def model_roots() -> list[Path]:
+    """ComfyUI's folders that may hold models in diffusers layout."""
+    return [*_folders(FOLDER), *_folders("diffusers")]
 
 
 def _folders(key: str) -> list[Path]:

@@ -699,6 +699,21 @@ def test_the_base_of_a_lora_may_lie_beside_it(tmp_path: Path) -> None:
     assert load_flux_views(folder).sheet("a").shape == (3, 2 * S, 2 * S)
 
 
+def test_the_base_of_a_lora_may_lie_among_the_models_and_is_not_fetched_then(tmp_path: Path, monkeypatch) -> None:
+    def fetch(name: str, progress):
+        raise TriptychError(f"{name} is fetched")
+
+    monkeypatch.setattr(hub, "_fetched", fetch)
+    folder = lora_folder(tmp_path / "lora", base="someone/some-klein")
+    for i, place in enumerate(("some-klein", "someone/some-klein", "some-klein/flux")):
+        roots = [tmp_path / "empty", tmp_path / f"models{i}"]
+        copied(klein_folder("mini"), roots[1] / place)
+        assert load_flux_views(folder, models=roots).card.name == "a lora"
+    for wanted, given in (("some-klein", [tmp_path / "empty"]), ("some-klein@main", roots), ("other-klein", roots)):
+        with pytest.raises(TriptychError, match=f"someone/{wanted} is fetched"):
+            load_flux_views(lora_folder(tmp_path / "lora", base=f"someone/{wanted}"), models=given)
+
+
 # ---- a repository
 
 

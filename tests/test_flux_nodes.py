@@ -362,6 +362,7 @@ def test_loading_passes_every_choice_on(flux, models, comfy, output_of, monkeypa
     assert given == {
         "device": torch.device("cpu"), "dtype": "bfloat16", "offload": "sequential", "quantisation": "none",
         "lora": models / "loras/deep/two.safetensors", "lora_strength": 0.5,
+        "models": [models / "triptych", models / "diffusers"],  # where the base of a LoRA may lie
     }  # fmt: skip
     flux.LoadFlux.execute("klein", repository="a/b", **LOADING)
     assert calls[1][0] == "a/b" and calls[1][1]["dtype"] is None and calls[1][1]["lora"] is None

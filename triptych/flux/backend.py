@@ -225,6 +225,7 @@ def load_flux_views(
     quantisation: str = "none",
     lora: str | Path | None = None,
     lora_strength: float = 1.0,
+    models: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> FluxViews:
     """A model ready to use.
@@ -236,6 +237,7 @@ def load_flux_views(
         (slow, least memory), "auto" picks by the GPU memory that is free.
     quantisation: "int8" or "fp8" (torchao) or "nf4" (bitsandbytes, CUDA only) of the blocks' matrices.
     lora: a further LoRA file, folder or repository, applied at lora_strength.
+    models: folders of models, in which the base that a LoRA's card names is looked for before it is fetched.
     progress(stage, share 0-1) is called while loading.
     Raises TriptychError: see the sentences.
     """
@@ -244,7 +246,7 @@ def load_flux_views(
     tell = progress or (lambda stage, share: None)
     tell("find", 0.0)
     found = find_model(source, progress=progress)
-    base, card, loras = _base_of(found, progress)
+    base, card, loras = _base_of(found, models, progress)
     said: list[str] = []
     if lora is not None:
         file = read_lora(_lora_file(lora, card, progress))
@@ -319,12 +321,12 @@ def _short(value: Any) -> str:
 
 
 def _base_of(
-    found: ModelPlace, progress: Progress | None
+    found: ModelPlace, models: Sequence[Path], progress: Progress | None
 ) -> tuple[ModelPlace, ViewsCard, list[tuple[LoraFile | Path, float]]]:
     """The full model, the card to ask it by, and the LoRAs that belong to it."""
     card = found.card
     if card is not None and card.lora is not None:
-        base = find_model(str(card.base), near=found.folder, progress=progress)
+        base = find_model(str(card.base), near=found.folder, models=models, progress=progress)
         if base.card is not None and base.card.lora is not None:
             raise TriptychError(f"the base {base.title} of {found.title} is itself a LoRA: name a full model as base")
         _same_architecture(base, card)

@@ -7,7 +7,7 @@ for other programs. A revision is pinned to its commit, and what was fetched ope
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,22 @@ class ModelPlace:
     card: ViewsCard | None
 
 
-def find_model(source: str | Path, *, near: Path | None = None, progress: Progress | None = None) -> ModelPlace:
+def find_model(
+    source: str | Path,
+    *,
+    near: Path | None = None,
+    models: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> ModelPlace:
     """The model that ``source`` names: "triptych-tiny", a folder, or ``owner/name`` with an optional ``@revision``.
 
     A folder holds views.json, or model_index.json, or a folder ``flux`` that does. near: where relative folders may
-    also start. progress("fetch", share) while a repository is fetched.
+    also start. models: folders of models, in which a repository without a revision may lie as ``owner/name`` or as
+    ``name``; only what is in neither is fetched. progress("fetch", share) while a repository is fetched.
     Raises TriptychError when nothing is found, or what is found fails its card's hashes.
     """
     name = str(source)
-    for place in (Path(source).expanduser(), *([near / name] if near else [])):
+    for place in (Path(source).expanduser(), *([near / name] if near else []), *_local_copies(name, models)):
         for folder in (place, place / "flux"):
             if (folder / CARD).is_file() or (folder / MODEL_INDEX).is_file():
                 return _checked(folder, str(folder))
@@ -60,6 +67,13 @@ def find_model(source: str | Path, *, near: Path | None = None, progress: Progre
     raise TriptychError(
         f"no Flux model {name!r} found: give {EMBEDDED}, a folder in diffusers layout, or a repository owner/name"
     )
+
+
+def _local_copies(name: str, models: Sequence[Path]) -> list[Path]:
+    """Where a repository may lie among folders of models; nobody knows which revision such a folder is."""
+    if not _REPOSITORY.fullmatch(name) or name.startswith(".") or "@" in name:
+        return []
+    return [folder / place for folder in models for place in (name, name.split("/")[1])]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
