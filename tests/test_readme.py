@@ -107,6 +107,14 @@ def test_the_readmes_commands_and_options_exist(words):
     assert unknown == []
 
 
+def test_options_on_the_page_about_generation_exist():
+    page = ROOT / "docs" / "generation.md"
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8")))
+    text = help_of("-m", "triptych", "generate") + help_of("-m", "triptych", "api")
+    assert len(named) >= 12 and {word for word in named if not re.search(rf"(?<![\w-]){word}(?![\w-])", text)} == set()
+    assert {words[2] for words in commands(page)} == {"generate", "api"}
+
+
 def test_the_readmes_workflow_is_there_and_needs_no_other_picture():
     from triptych.api.graph import read_workflow
     from triptych.cli.api import workflow_file
