@@ -2,6 +2,8 @@
 
 import builtins
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -167,6 +169,13 @@ def test_encoders_that_cannot_be_had(transformers, vit_folder, tmp_path, monkeyp
         TriptychError, match=r"it is gated, so accept its licence at huggingface.co/facebook/dinov3-vits"
     ):
         load_image_encoder("dinov3_vits16", local_files_only=True)
+    gated = OSError("You are trying to access a gated repo.")
+    url = "https://hub.test/owner/own-encoder/resolve/main/config.json"
+    gated.response = SimpleNamespace(status_code=401, request=SimpleNamespace(url=url))
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PretrainedConfig, "get_config_dict", Mock(side_effect=gated))
+        with pytest.raises(TriptychError, match=r"it is gated, so accept its licence at huggingface.co/owner/own-enc"):
+            load_image_encoder("owner/own-encoder")
     with pytest.raises(TriptychError, match="no image encoder 'dinov9': give a local folder"):
         load_image_encoder("dinov9")
     other = tmp_path / "other"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_bundle import make_tiny_bundle
 
 from triptych.bundles import hub
+from triptych.bundles.access import refusal
 from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.bundles.hub import HubFolder
 from triptych.bundles.published import PublishedBundle, weightless
@@ -359,6 +360,8 @@ class FakeHub:
         self.requests: list[tuple[str, str, str | None]] = []  # method, path in the repository or "api", Range
         self.cut: dict[str, int] = {}  # file -> bytes after which the connection ends, and the file is unavailable
         self.down: set[str] = set()
+        self.refused: tuple[int, str | None] | None = None  # status and error code of every file, as a gated one has
+        self.hidden = False  # the listing is refused too, as of a private or missing repository
         self.held: dict[str, tuple[int, threading.Event]] = {}  # file -> bytes after which it waits for the event
         self.served: dict[str, int] = {}
         self.endpoint = ""
@@ -392,7 +395,9 @@ def _handler(fake: FakeHub) -> type[BaseHTTPRequestHandler]:
         def _answer(self, send: bool) -> None:
             api = re.fullmatch(rf"/api/models/{fake.repository}/revision/(\w+)", self.path.partition("?")[0])
             found = re.fullmatch(rf"/{fake.repository}/resolve/{fake.commit}/(.*)", self.path)
-            if api and api[1] in ("main", fake.commit):
+            if api and fake.hidden:
+                self._reply(401, b"", {}, send)
+            elif api and api[1] in ("main", fake.commit):
                 fake.requests.append(("GET", "api", None))
                 self._reply(200, fake.listing(), {}, send)
             elif found and found[1] in fake.files():
@@ -402,6 +407,9 @@ def _handler(fake: FakeHub) -> type[BaseHTTPRequestHandler]:
                 self._reply(404, b"", {"X-Error-Code": "RepoNotFound"}, send)
 
         def _file(self, name: str, send: bool) -> None:
+            if fake.refused:
+                status, code = fake.refused
+                return self._reply(status, b"", {"X-Error-Code": code} if code else {}, send)
             if send and name in fake.down:
                 return self._reply(503, b"", {}, send)
             content = fake.files()[name]
@@ -580,6 +588,35 @@ def test_a_repository_of_neither_format_is_a_sentence(opened, fake) -> None:
     (fake.folder / "pipeline.json").unlink()
     with pytest.raises(TriptychError, match=r"owner/small at aaaaaaaaaaaa has no file bundle\.json: choose another"):
         opened()
+
+
+@pytest.mark.parametrize("refused", [(401, "GatedRepo"), (403, "GatedRepo"), (401, None), (403, None)])
+def test_a_gated_repository_says_where_to_accept_its_licence(refused, opened, fake) -> None:
+    bundle = opened()
+    fake.refused = refused
+    for use in (lambda: bundle.network("structure_decoder"), lambda: bundle.fetch(("structure_encoder",))):
+        with pytest.raises(
+            TriptychError, match="could not be fetched .*: it is gated, so accept its licence at "
+        ) as told:
+            use()
+        assert "huggingface.co/owner/small and sign in with `hf auth login` (or set HF_TOKEN" in str(told.value)
+        assert "try again" not in str(told.value) and "\n" not in str(told.value)
+
+
+def test_a_hub_that_hides_a_repository_names_both_reasons(opened, fake) -> None:
+    fake.hidden = True
+    with pytest.raises(TriptychError, match="check the name, and if it is gated accept its licence at .*hf auth login"):
+        opened()
+
+
+def test_a_link_that_has_expired_is_tried_again_and_is_no_matter_of_licences() -> None:
+    from types import SimpleNamespace
+
+    expired = OSError("403 Client Error")
+    expired.response = SimpleNamespace(status_code=403, request=SimpleNamespace(url="https://cdn.test/aa/bb?sign=1"))
+    assert refusal(expired, "owner/small") is None
+    expired.response.request.url = "https://hub.test/owner/small/resolve/main/model.safetensors"
+    assert refusal(expired, "owner/small") == 403
 
 
 def test_repositories_that_are_not_there_and_no_network_are_sentences(opened, fake, tmp_path: Path) -> None:

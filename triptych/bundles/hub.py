@@ -24,6 +24,7 @@ from urllib.parse import urlparse
 from ..errors import TriptychError
 from ..geometry.files import write_files
 from ..sampling.flow_euler import Cancelled
+from .access import how_to_enter, refusal
 from .manifest import file_sha256
 
 LOCAL_RECORD, HUB_RECORD = "triptych-files.json", "triptych.json"
@@ -169,6 +170,11 @@ class HubFolder:
         try:
             info = HfApi(endpoint=self._endpoint).model_info(self.repository, revision=revision, files_metadata=True)
         except (OSError, ValueError, errors.HTTPError) as error:
+            if status := refusal(error, self.repository):
+                raise TriptychError(
+                    f"there is no local bundle {self.repository!r}, and the Hub shows none by that name (it answers "
+                    f"{status}): check the name, and if it is gated {how_to_enter(self.repository)}"
+                ) from error
             raise TriptychError(
                 f"no local bundle {self.repository!r}, and none could be fetched by that name ({_first_line(error)}): "
                 "give a local folder, or try again with a network"
@@ -243,6 +249,11 @@ class HubFolder:
                 )
             )
         except (OSError, ValueError, errors.HTTPError) as error:
+            if status := refusal(error, self.repository):
+                raise TriptychError(
+                    f"{name} of {self.title} could not be fetched (the Hub answers {status}): it is gated, so "
+                    f"{how_to_enter(self.repository)}"
+                ) from error
             raise TriptychError(
                 f"{name} of {self.title} could not be fetched ({_first_line(error)}): try again, it goes on where it "
                 "stopped"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..bundles.access import how_to_enter, refusal
 from ..errors import TriptychError
 
 # ImageNet's, of sRGB values 0-1.
@@ -182,10 +183,10 @@ def _not_loaded(place: str, is_folder: bool, info: EncoderInfo | None, error: Ex
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if is_folder:
         return f"{place} is no usable image encoder ({reason}): it needs config.json and model.safetensors"
-    if info and info.gated:
+    if (info and info.gated) or refusal(error, place):
         return (
-            f"the image encoder {place} could not be fetched ({reason}): it is gated, so accept its licence at "
-            f"huggingface.co/{place} and sign in with `hf auth login`, or give a local folder that holds it"
+            f"the image encoder {place} could not be fetched ({reason}): it is gated, so {how_to_enter(place)}, or "
+            "give a local folder that holds it"
         )
     return (
         f"the image encoder {place} could not be fetched ({reason}): try again with a network, or give a local folder"
