@@ -254,11 +254,12 @@ def opened(source: str | Path, *, dtype: str, **settings: Any) -> LoadedFlux:
     # How much stays on the device is decided by what is free: what ComfyUI can bring back later makes room first.
     model_management.free_memory(weight_bytes(source) + WORK_BYTES, device)
     kind = None if dtype == "auto" else dtype
-    views = run(
-        lambda reporter: load_flux_views(
-            source, device=device, dtype=kind, models=model_roots(), progress=reporter.progress, **settings
-        )
-    )
+
+    def work(reporter: Reporter) -> Model:
+        told = {"progress": reporter.progress, "cancel": reporter.cancel}
+        return load_flux_views(source, device=device, dtype=kind, models=model_roots(), **told, **settings)
+
+    views = run(work)
     loaded = LoadedFlux(views, device, patcher_of(views, device))
     loaded.load(0)
     return loaded

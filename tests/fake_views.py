@@ -85,4 +85,4 @@ class FakeViews(FluxViews):
         return False
 
     # what a real `sheet` is made of
-    _noise = _encode = _sample = _decode = None
+    _noise = _encode = _sample = _grid = None

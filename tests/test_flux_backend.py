@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from triptych.errors import TriptychError
 from triptych.flux.card import ViewsCard, default_card, read_card, sigmas, verify_files, write_card
+from triptych.sampling.flow_euler import Cancelled
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from flux_tiny import copied, klein_folder, kontext_folder, write_klein_card  # noqa: E402
 
-from triptych.flux import hub, parts  # noqa: E402
+from triptych.flux import backend, hub, parts  # noqa: E402
 from triptych.flux.backend import FluxViews, load_flux_views  # noqa: E402
+from triptych.flux.preview import latent_colours, rough_picture  # noqa: E402
 
 S = 64
 PROMPT = "a red chair. given: front."
@@ -227,6 +229,49 @@ def test_previews_are_where_the_sampler_is_heading(model) -> None:
     assert torch.allclose(seen[0][2], model().sheet("a", views(1), steps=1), atol=1e-4)
     assert torch.allclose(seen[1][2], sheet, atol=1e-6)
     assert not torch.allclose(seen[0][2], sheet, atol=1e-4)
+
+
+@pytest.mark.parametrize("folder", [klein_folder, kontext_folder], ids=["klein", "kontext"])
+def test_with_an_offload_previews_bring_no_network_to_the_device(folder, monkeypatch) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    moves: list[str] = []
+
+    def place(pipeline, device, offload: str) -> None:
+        """As diffusers' offload "model" does, on the CPU."""
+        hook = None
+        for name in pipeline.model_cpu_offload_seq.replace("image_encoder->", "").split("->"):
+            _, hook = accelerate.cpu_offload_with_hook(getattr(pipeline, name), "cpu", hook)
+            before = hook.hook.pre_forward
+            hook.hook.pre_forward = lambda module, *given, _before=before, _name=name, **named: (
+                moves.append(_name), _before(module, *given, **named))[1]  # fmt: skip
+
+    monkeypatch.setattr(backend, "decide_offload", lambda *given: ("model", ()))
+    monkeypatch.setattr(backend, "place", place)
+    model = load_flux_views(folder(card=True))
+    plain = model.sheet("a", steps=3, guidance=1.0)
+    expected, shown = [*moves], []
+    assert expected.count("vae") == 1 and expected.count("transformer") == 3
+    moves.clear()
+    again = model.sheet("a", steps=3, guidance=1.0, on_step=lambda step, total, preview: shown.append(preview()))
+    assert moves == [name for name in expected if "text" not in name] and torch.equal(again, plain)
+    assert len(shown) == 3 and all(one.shape == (3, 2 * S, 2 * S) and 0 <= one.min() <= one.max() <= 1 for one in shown)
+
+
+def test_a_rough_preview_shows_the_colours_where_they_are() -> None:
+    from diffusers import AutoencoderKLFlux2
+
+    from triptych.images.sheets import join_sheet
+    from triptych.procedural import sample_views
+
+    vae = AutoencoderKLFlux2.from_pretrained(hub.EMBEDDED_FOLDER / "vae")
+    sides = {name: np.asarray(view.convert("RGBA")) / 255.0 for name, view in sample_views(128).items()}
+    sheet = torch.from_numpy(join_sheet(sides, "grid", (1.0, 0.0, 1.0))).permute(2, 0, 1).float()
+    with torch.no_grad():
+        latents = vae.encode(sheet[None] * 2 - 1).latent_dist.mode()
+    rough = rough_picture(latents, latent_colours(vae), 256)
+    pooled = torch.nn.functional.avg_pool2d(torch.stack([rough, sheet]), 8)
+    assert rough.shape == sheet.shape and (pooled[0] - pooled[1]).abs().mean() < 0.04
+    assert (pooled[1] - pooled[1].mean(dim=(1, 2), keepdim=True)).abs().mean() > 0.1
 
 
 def test_nothing_is_decoded_for_a_preview_that_nobody_looks_at(monkeypatch) -> None:
@@ -770,6 +815,38 @@ def test_of_a_repository_with_a_card_what_it_lists_is_fetched_and_verified(repos
     (repository.folder / "views.json").write_text(json.dumps(refused_card))
     with pytest.raises(TriptychError, match=r"vae.config.json was changed \(sha256 .* instead of 000000000000\.\."):
         hub.find_model(f"owner/small@{'b' * 40}")
+
+
+def test_a_download_that_is_cancelled_goes_on_later_and_its_share_only_rises(repository, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 20_000)
+    monkeypatch.setattr("triptych.bundles.hub._RESUMED_BYTES", 100_000)
+    copied(klein_folder("mini"), repository.folder)
+    told: list[tuple[str, float]] = []
+
+    def note(stage: str, share: float) -> None:
+        told.append((stage, share))
+
+    with pytest.raises(Cancelled, match="stopped while owner/small at aaaaaaaaaaaa was fetched"):
+        load_flux_views("owner/small", progress=note, cancel=lambda: len(told) > 20)
+    assert len(told) == 21 and 0 < told[-1][1] < 0.5
+    stopped_at = told[-1][1]
+    told.clear()
+    with pytest.raises(Cancelled, match="stopped while the views model was loaded"):
+        load_flux_views("owner/small", progress=note, cancel=lambda: told[-1:] > [("load", 0.5)])
+    assert told[-1] > ("load", 0.5) and told[-1][1] < 0.85, "between two parts"
+    ranges = [wanted for method, name, wanted in repository.requests if method == "GET" and "safetensors" in name]
+    assert any(wanted is not None for wanted in ranges), "goes on where it stopped"
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) and len({share for share in shares if stopped_at < share < 0.5}) > 20
+    told.clear()
+    load_flux_views("owner/small", progress=note, cancel=lambda: False)
+    shares = [share for _, share in told]
+    assert shares == sorted(shares) and told[0] == ("find", 0.0) and told[-1] == ("load", 1.0)
+
+
+def test_checking_the_files_of_a_model_can_be_cancelled() -> None:
+    with pytest.raises(Cancelled, match="stopped while the files of random klein were checked"):
+        hub.find_model(klein_folder("mini", card=True), cancel=lambda: True)
 
 
 def test_a_repository_that_is_not_there_and_one_of_another_kind_are_named(repository) -> None:

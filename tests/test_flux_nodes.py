@@ -5,7 +5,9 @@ import io
 import json
 import shutil
 import sys
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
 
 import fake_comfy
@@ -356,8 +358,9 @@ def test_loading_passes_every_choice_on(flux, models, comfy, output_of, monkeypa
     output = flux.LoadFlux.execute("klein", **LOADING | changes)
     (loaded,) = output.result
     ((source, given),) = calls
-    progress = given.pop("progress")
-    assert loaded.views is model and source == models / "diffusers" / "klein" and callable(progress)
+    progress, cancel = given.pop("progress"), given.pop("cancel")
+    assert loaded.views is model and source == models / "diffusers" / "klein"
+    assert callable(progress) and callable(cancel)
     assert output.ui == {"text": ["slow"]} and loaded.patcher is None, "its own hooks move it"
     assert given == {
         "device": torch.device("cpu"), "dtype": "bfloat16", "offload": "sequential", "quantisation": "none",
@@ -368,6 +371,47 @@ def test_loading_passes_every_choice_on(flux, models, comfy, output_of, monkeypa
     assert calls[1][0] == "a/b" and calls[1][1]["dtype"] is None and calls[1][1]["lora"] is None
     weights = len("w")
     assert comfy.freed[0][0] == weights + flux.WORK_BYTES < comfy.freed[2][0] > 1e12, "room for all of it"
+
+
+@pytest.mark.timeout(300)
+def test_an_interrupted_download_ends_at_once_and_does_not_block_the_pack(flux, comfy, tmp_path, monkeypatch):
+    from flux_tiny import klein_folder
+    from test_published_bundles import FakeHub, _handler
+    from triptych_pack.triptych.bundles import hub
+    from triptych_pack.triptych.flux import hub as flux_hub
+
+    fake, weights = FakeHub(klein_folder("mini")), "transformer/diffusion_pytorch_model.safetensors"
+    go_on = threading.Event()
+    fake.held[weights] = (30_000, go_on)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    where = {"endpoint": f"http://127.0.0.1:{server.server_address[1]}", "cache_dir": tmp_path / "cache"}
+    made = hub.HubFolder
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(hub, "_RESUMED_BYTES", 10_000)
+    monkeypatch.setattr(flux_hub, "HubFolder", lambda name, revision=None: made(name, revision, **where))
+    part = tmp_path / "cache" / "models--owner--small" / "blobs"
+
+    def interrupt():
+        while not any(path.stat().st_size >= 29_000 for path in part.glob("*.triptych-part")):
+            time.sleep(0.02)
+        comfy.interrupted = True
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(Interrupted):
+        flux.LoadFlux.execute("klein", repository="owner/small", **LOADING)
+    assert not go_on.is_set(), "interrupted while the Hub held the file back"
+    shares = [share for share, _ in comfy.updates]
+    assert shares == sorted(shares) and 0 < shares[-1] < 0.5
+    go_on.set()
+    flux.run(lambda reporter: None)  # waits for the remnant
+    server.shutdown()
+    server.server_close()
+    (begun,) = part.glob("*.triptych-part")
+    assert begun.stat().st_size < len(fake.files()[weights]) / 2, "the library was told to stop as well"
+    assert not [name for name in fake.gets() if name.startswith("vae/")]
 
 
 def test_comfy_moves_a_whole_model(flux, comfy, models, output_of, monkeypatch):

@@ -218,7 +218,7 @@ def test_data_without_the_objects_is_refused(tmp_path) -> None:
 class KnownModel(FluxViews):
     """Knows the true sheets in order, and gives them as they are ("truth"), as "blur", or a "copy" of the reference."""
 
-    _decode = _encode = _noise = _sample = None
+    _grid = _encode = _noise = _sample = None
 
     def __init__(self, data_dir, kind: str, objects: int) -> None:
         super().__init__(SimpleNamespace(transformer=SimpleNamespace(dtype=torch.float32)), CARD)

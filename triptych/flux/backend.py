@@ -28,10 +28,12 @@ from torch import Tensor
 
 from ..errors import TriptychError
 from ..pipelines.memory import GIB, StageMemory, _Meter, network_bytes
+from ..sampling.flow_euler import Cancelled
 from .card import LAYOUT, SAMPLER, ViewsCard, asked_like, default_card, how_to_ask, sigmas
-from .hub import ModelPlace, Progress, find_model, read_index
+from .hub import Cancel, ModelPlace, Progress, find_model, read_index
 from .lora import LoraFile, apply_lora, merge_lora, read_lora
-from .parts import OFFLOADS, QUANTISATIONS, architecture_of, load_pipeline, networks_of, place, quantise
+from .parts import OFFLOADS, QUANTISATIONS, architecture_of, decide_offload, load_pipeline, networks_of, place, quantise
+from .preview import latent_colours, rough_picture
 
 Preview = Callable[[], Tensor]
 OnStep = Callable[[int, int, Preview], None]
@@ -42,7 +44,8 @@ _MAX_SEED = 2**64 - 1
 
 class FluxViews(ABC):
     """A loaded model. card: how to ask it. device, dtype, offload, quantisation: as they turned out.
-    warnings: sentences from loading. pipeline: diffusers' own, None after `unload`."""
+    warnings: sentences from loading. colours: `preview.latent_colours`, by which previews are made without the
+    decoder; None decodes them. pipeline: diffusers' own, None after `unload`."""
 
     def __init__(
         self,
@@ -53,12 +56,14 @@ class FluxViews(ABC):
         offload: str = "none",
         quantisation: str = "none",
         warnings: tuple[str, ...] = (),
+        colours: Tensor | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.card = card
         self.device = torch.device(device)
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.offload, self.quantisation, self.warnings = offload, quantisation, warnings
+        self._colours = colours
         self._memory: dict[str, StageMemory] = {}
         self._texts: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -84,8 +89,10 @@ class FluxViews(ABC):
         prompt: with the card's template filled. references: the given views in the order front, left, back, right,
         each (3, S, S) float sRGB 0-1 on the background; networks see them in 8 bit. S is the card's panel_size.
         steps, guidance: None takes the card's. on_step(step from 1, steps, preview) after every step may raise to
-        cancel; preview() decodes the sheet that the model expects at that point, (3, 2S, 2S) float 0-1, and costs
-        a pass of the decoder. Raises TriptychError for wrong input, when memory runs out and after `unload`.
+        cancel; preview() shows the sheet that the model expects at that point, (3, 2S, 2S) float 0-1. It costs a pass
+        of the decoder; with an offload it is a blurred estimate from the latents instead (`preview.rough_picture`),
+        because the decoder would take the transformer's place on the device after every step. Raises TriptychError
+        for wrong input, when memory runs out and after `unload`.
         """
         if self.pipeline is None:
             raise TriptychError(f"the model {self.card.name} was unloaded: load it again")
@@ -153,8 +160,16 @@ class FluxViews(ABC):
         """(1, 3, 2S, 2S), 0-1."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor:
-        """The pipeline's latents -> (1, 3, 2S, 2S), 0-1."""
+    def _grid(self, latents: Tensor) -> Tensor:
+        """The pipeline's latents -> (1, C, h, w), as the autoencoder decodes them."""
+
+    def _shown(self, latents: Tensor) -> Tensor:
+        """The pipeline's latents -> (3, 2S, 2S) float32 0-1 on the CPU."""
+        grid = self._grid(latents)
+        if self._colours is not None:
+            return rough_picture(grid, self._colours, 2 * self.card.panel_size)
+        picture = self.pipeline.vae.decode(grid, return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(picture, output_type="pt")[0].float().clamp(0, 1).cpu()
 
     def _text(self, text: str) -> Any:
         if text in self._texts:
@@ -180,7 +195,7 @@ class FluxViews(ABC):
                 slope = (after.float() - start.float()) / (ends[step + 1] - ends[step])
                 with torch.no_grad():
                     expected = (after.float() - ends[step + 1] * slope).to(after.dtype)
-                    return self._decode(expected)[0].float().clamp(0, 1).cpu()
+                    return self._shown(expected)
 
             on_step(step + 1, len(levels), preview)
             return {}
@@ -227,6 +242,7 @@ def load_flux_views(
     lora_strength: float = 1.0,
     models: Sequence[Path] = (),
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> FluxViews:
     """A model ready to use.
 
@@ -238,37 +254,78 @@ def load_flux_views(
     quantisation: "int8" or "fp8" (torchao) or "nf4" (bitsandbytes, CUDA only) of the blocks' matrices.
     lora: a further LoRA file, folder or repository, applied at lora_strength.
     models: folders of models, in which the base that a LoRA's card names is looked for before it is fetched.
-    progress(stage, share 0-1) is called while loading.
+    progress(stage, share of the whole 0-1, which never falls) and cancel() are called while files are fetched and
+        networks are read, one by one; Cancelled is raised when cancel returns True.
     Raises TriptychError: see the sentences.
     """
     chosen = _checked_device(device)
     kind = _checked_choices(chosen, dtype, offload, quantisation)
-    tell = progress or (lambda stage, share: None)
-    tell("find", 0.0)
-    found = find_model(source, progress=progress)
-    base, card, loras = _base_of(found, models, progress)
+    course = _Course(progress, cancel)
+    found = course.find(source)
+    base, card, loras = _base_of(found, models, course)
     said: list[str] = []
     if lora is not None:
-        file = read_lora(_lora_file(lora, card, progress))
+        file = read_lora(_lora_file(lora, card, course))
         card, said = _asked_by(file, base, card, has_card=found.card is not None)
         loras.append((file, lora_strength))
-    tell("load", 0.0)
+    course.loaded(0.0)
     meter = _Meter(torch.device("cpu"))
     with meter:
-        pipeline, notes = load_pipeline(base.folder, card.architecture, kind, quantisation)
-        tell("load", 0.7)
+        pipeline, notes = load_pipeline(
+            base.folder, card.architecture, kind, quantisation, lambda share: course.loaded(0.7 * share)
+        )
+        course.loaded(0.7)
         add_loras(pipeline, loras)
         if quantisation in ("int8", "fp8"):
             quantise(pipeline, quantisation)
-        tell("load", 0.9)
-        used, more = _placed(pipeline, chosen, offload, card)
+        course.loaded(0.9)
+        used, more = decide_offload(pipeline, chosen, offload, card)
+        colours = None if used == "none" else latent_colours(pipeline.vae)
+        _place(pipeline, chosen, used, card)
     model = _class_of(card.architecture)(
-        pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*said, *notes, *more)
-    )
+        pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*said, *notes, *more),
+        colours=colours,
+    )  # fmt: skip
     weights = sum(network_bytes(network) for network in networks_of(pipeline).values())
     model._memory["load"] = StageMemory("load", meter.peak or weights, weights, "resident" if meter.peak else "weights")
-    tell("load", 1.0)
+    course.loaded(1.0)
     return model
+
+
+class _Course:
+    """How far loading is, as one share that only rises, and whether it shall go on.
+
+    How many models are fetched is known only when they were read (a LoRA names its base), so each takes half of what
+    is left; reading the networks takes the rest, and all where nothing was fetched.
+    """
+
+    def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
+        self._progress, self._cancel = progress, cancel
+        self._begin = self._reached = 0.0
+
+    def find(self, source: str | Path, near: Path | None = None, models: Sequence[Path] = ()) -> ModelPlace:
+        self._begin = self._reached
+        self._tell("find", 0.0)
+        return find_model(
+            source,
+            near=near,
+            models=models,
+            progress=lambda stage, share: self._tell(stage, share / 2),
+            cancel=self._cancel,
+        )
+
+    def loaded(self, share: float) -> None:
+        """After a share 0-1 of the reading, which begins with 0. Raises Cancelled."""
+        if self._cancel is not None and self._cancel():
+            raise Cancelled("stopped while the views model was loaded")
+        if share == 0:
+            self._begin = self._reached
+        self._tell("load", share)
+
+    def _tell(self, stage: str, share: float) -> None:
+        self._reached = max(self._reached, self._begin + (1 - self._begin) * share)
+        if self._progress is not None:
+            self._progress(stage, self._reached)
 
 
 def add_loras(pipeline: Any, loras: Sequence[tuple[LoraFile | Path, float]]) -> None:
@@ -321,12 +378,12 @@ def _short(value: Any) -> str:
 
 
 def _base_of(
-    found: ModelPlace, models: Sequence[Path], progress: Progress | None
+    found: ModelPlace, models: Sequence[Path], course: _Course
 ) -> tuple[ModelPlace, ViewsCard, list[tuple[LoraFile | Path, float]]]:
     """The full model, the card to ask it by, and the LoRAs that belong to it."""
     card = found.card
     if card is not None and card.lora is not None:
-        base = find_model(str(card.base), near=found.folder, models=models, progress=progress)
+        base = course.find(str(card.base), near=found.folder, models=models)
         if base.card is not None and base.card.lora is not None:
             raise TriptychError(f"the base {base.title} of {found.title} is itself a LoRA: name a full model as base")
         _same_architecture(base, card)
@@ -345,7 +402,7 @@ def _same_architecture(base: ModelPlace, card: ViewsCard) -> None:
         raise TriptychError(f"{card.name} is for {card.architecture}, but {base.title} is {have}: choose its own base")
 
 
-def _lora_file(lora: str | Path, card: ViewsCard, progress: Progress | None) -> Path:
+def _lora_file(lora: str | Path, card: ViewsCard, course: _Course) -> Path:
     """The safetensors file of a LoRA that is named as a file, or as a folder or repository with a card."""
     path = Path(lora).expanduser()
     if path.is_file():
@@ -357,7 +414,7 @@ def _lora_file(lora: str | Path, card: ViewsCard, progress: Progress | None) -> 
         raise TriptychError(f"{path} holds {len(inside)} safetensors files: name the LoRA file itself")
     if path.suffix == ".safetensors":
         raise TriptychError(f"there is no LoRA file {path}: check the path")
-    found = find_model(lora, progress=progress)
+    found = course.find(lora)
     if found.card is None or found.card.lora is None:
         raise TriptychError(f"{found.title} is a full model, not a LoRA: load it as the model itself")
     if found.card.architecture != card.architecture:
@@ -368,9 +425,9 @@ def _lora_file(lora: str | Path, card: ViewsCard, progress: Progress | None) -> 
     return found.folder / found.card.lora
 
 
-def _placed(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) -> tuple[str, tuple[str, ...]]:
+def _place(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) -> None:
     try:
-        return place(pipeline, device, offload, card)
+        place(pipeline, device, offload)
     except torch.cuda.OutOfMemoryError as error:
         size = sum(network_bytes(network) for network in networks_of(pipeline).values()) / GIB
         raise TriptychError(

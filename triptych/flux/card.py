@@ -12,7 +12,7 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from ..bundles.manifest import file_sha256
 from ..errors import TriptychError
 from ..geometry.files import write_files
+from ..sampling.flow_euler import Cancelled
 
 FORMAT_VERSION = 1
 CARD = "views.json"
@@ -168,10 +169,13 @@ def loadable_files(folder: Path) -> list[str]:
     return sorted(name for name in names if name != CARD and not any(part[0] == "." for part in name.split("/")))
 
 
-def verify_files(folder: str | Path, card: ViewsCard) -> None:
-    """Checks that exactly the loadable files that the card lists are there, and unchanged. Reads all of them."""
+def verify_files(folder: str | Path, card: ViewsCard, cancel: Callable[[], bool] | None = None) -> None:
+    """Checks that exactly the loadable files that the card lists are there, and unchanged. Reads all of them; cancel()
+    is asked between them, and Cancelled raised when it returns True."""
     folder = Path(folder)
     for name, wanted in card.files.items():
+        if cancel is not None and cancel():
+            raise Cancelled(f"stopped while the files of {card.name} were checked")
         path = folder / name
         if not path.is_file():
             raise TriptychError(f"{path} is missing: fetch the model {card.name} again")

@@ -72,13 +72,11 @@ class _Flux1Views(FluxViews):
         """Arguments that only one of the two pipelines has."""
         raise NotImplementedError
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _grid(self, latents: Tensor) -> Tensor:
         pipeline, config = self.pipeline, self.pipeline.vae.config
         size = 2 * self.card.panel_size
         grid = pipeline._unpack_latents(latents, size, size, pipeline.vae_scale_factor)
-        grid = grid / config.scaling_factor + config.shift_factor
-        picture = pipeline.vae.decode(grid, return_dict=False)[0]
-        return pipeline.image_processor.postprocess(picture, output_type="pt")
+        return grid / config.scaling_factor + config.shift_factor
 
 
 class KontextViews(_Flux1Views):

@@ -7,17 +7,16 @@ for other programs. A revision is pinned to its commit, and what was fetched ope
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundles.bundle import EMBEDDED
-from ..bundles.hub import HubFolder
+from ..bundles.hub import Cancel, HubFolder, Progress
 from ..errors import TriptychError
 from .card import CARD, MODEL_INDEX, ViewsCard, read_card, small_json, verify_files
 
-Progress = Callable[[str, float], None]
 EMBEDDED_FOLDER = Path(__file__).resolve().parents[2] / "weights" / EMBEDDED / "flux"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -40,19 +39,22 @@ def find_model(
     near: Path | None = None,
     models: Sequence[Path] = (),
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> ModelPlace:
     """The model that ``source`` names: "triptych-tiny", a folder, or ``owner/name`` with an optional ``@revision``.
 
     A folder holds views.json, or model_index.json, or a folder ``flux`` that does. near: where relative folders may
     also start. models: folders of models, in which a repository without a revision may lie as ``owner/name`` or as
-    ``name``; only what is in neither is fetched. progress("fetch", share) while a repository is fetched.
+    ``name``; only what is in neither is fetched. progress("fetch", share of the bytes) and cancel() are called while a
+    repository is fetched, cancel also between files that are checked: Cancelled is raised when it returns True, and a
+    later call goes on from there.
     Raises TriptychError when nothing is found, or what is found fails its card's hashes.
     """
     name = str(source)
     for place in (Path(source).expanduser(), *([near / name] if near else []), *_local_copies(name, models)):
         for folder in (place, place / "flux"):
             if (folder / CARD).is_file() or (folder / MODEL_INDEX).is_file():
-                return _checked(folder, str(folder))
+                return _checked(folder, str(folder), cancel)
         if place.is_dir():
             raise TriptychError(f"{place} is no Flux model: it has neither {CARD} nor {MODEL_INDEX}; choose another")
     if name == EMBEDDED:
@@ -61,9 +63,9 @@ def find_model(
                 f"the embedded Flux model is missing at {EMBEDDED_FOLDER}: get the whole repository again, or give "
                 "the folder or repository of another model"
             )
-        return _checked(EMBEDDED_FOLDER, EMBEDDED)
+        return _checked(EMBEDDED_FOLDER, EMBEDDED, cancel)
     if _REPOSITORY.fullmatch(name) and not name.startswith("."):
-        return _fetched(name, progress or (lambda stage, share: None))
+        return _fetched(name, progress, cancel)
     raise TriptychError(
         f"no Flux model {name!r} found: give {EMBEDDED}, a folder in diffusers layout, or a repository owner/name"
     )
@@ -89,15 +91,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return small_json(path, _MAX_INDEX_BYTES, "an index")
 
 
-def _checked(folder: Path, title: str) -> ModelPlace:
+def _checked(folder: Path, title: str, cancel: Cancel | None) -> ModelPlace:
     if not (folder / CARD).is_file():
         return ModelPlace(folder, title, None)
     card = read_card(folder)
-    verify_files(folder, card)
+    verify_files(folder, card, cancel)
     return ModelPlace(folder, title, card)
 
 
-def _fetched(name: str, progress: Progress) -> ModelPlace:
+def _fetched(name: str, progress: Progress | None, cancel: Cancel | None) -> ModelPlace:
     repository, _, revision = name.partition("@")
     remote = HubFolder(repository, revision or None)
     names = remote.names()
@@ -110,11 +112,8 @@ def _fetched(name: str, progress: Progress) -> ModelPlace:
         wanted = [file for file in names if _is_wanted(file, parts)]
     else:
         raise TriptychError(f"{remote.title} has neither {CARD} nor {MODEL_INDEX}: choose a repository of that layout")
-    for i, file in enumerate(wanted):
-        progress("fetch", i / len(wanted))
-        remote.fetch(file)
-    progress("fetch", 1.0)
-    return _checked(folder, remote.title)
+    remote.fetch_all(wanted, progress, cancel)
+    return _checked(folder, remote.title, cancel)
 
 
 def _is_wanted(file: str, parts: set[str]) -> bool:

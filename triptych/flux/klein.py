@@ -65,11 +65,10 @@ class KleinViews(FluxViews):
             callback_on_step_end=self._callback(on_step, packed, levels) if on_step else None,
         ).images
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _grid(self, latents: Tensor) -> Tensor:
         pipeline, vae = self.pipeline, self.pipeline.vae
         side = round(latents.shape[1] ** 0.5)
         grid = latents.transpose(1, 2).unflatten(2, (side, side))
         mean, var = (b.view(1, -1, 1, 1).to(grid) for b in (vae.bn.running_mean, vae.bn.running_var))
         grid = grid * torch.sqrt(var + vae.config.batch_norm_eps) + mean
-        picture = vae.decode(pipeline._unpatchify_latents(grid), return_dict=False)[0]
-        return pipeline.image_processor.postprocess(picture, output_type="pt")
+        return pipeline._unpatchify_latents(grid)

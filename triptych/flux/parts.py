@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings as python_warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,16 @@ def architecture_of(folder: Path) -> str:
 
 
 def load_pipeline(
-    folder: Path, architecture: str, dtype: torch.dtype, quantisation: str = "none"
+    folder: Path,
+    architecture: str,
+    dtype: torch.dtype,
+    quantisation: str = "none",
+    on_part: Callable[[float], None] | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
     """The pipeline with all networks on the CPU, in eval mode, without gradients; and warnings.
 
     dtype: of the networks. quantisation: only "nf4" acts here, its matrices are packed while they are read.
+    on_part(share of the parts that are read, 0-1) is called before each part; what it raises ends the loading.
     Its scheduler takes the sigmas it is given as they are.
     """
     pipeline_class, wanted = PIPELINES[architecture]
@@ -92,7 +97,9 @@ def load_pipeline(
     notes: list[str] = []
     parts: dict[str, Any] = {name: None for name in _UNUSED_PARTS} if architecture != "flux2-klein" else {}
     with _quiet():
-        for name in wanted:
+        for i, name in enumerate(wanted):
+            if on_part is not None:
+                on_part(i / len(wanted))
             library, class_name = index[name]
             parts[name] = _load_part(folder / name, library, class_name, dtype, quantisation, notes)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
@@ -135,8 +142,8 @@ def is_block_matrix(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and bool(_BLOCK.search(name)) and "lora_" not in name
 
 
-def place(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) -> tuple[str, tuple[str, ...]]:
-    """Puts the networks where they run. Returns the offload that was used ("auto" decided), and warnings."""
+def decide_offload(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) -> tuple[str, tuple[str, ...]]:
+    """The offload to use ("auto" decided), and warnings."""
     if device.type == "cpu":
         notes = () if offload in ("auto", "none") else (f"offload {offload!r} does nothing on a CPU",)
         return "none", notes
@@ -145,13 +152,17 @@ def place(pipeline: Any, device: torch.device, offload: str, card: ViewsCard) ->
         offload = choose_offload(
             {name: network_bytes(network) for name, network in networks_of(pipeline).items()}, free, card.panel_size
         )
-    if offload == "none":
-        pipeline.to(device)
-    elif offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.enable_sequential_cpu_offload(device=device)
     return offload, ()
+
+
+def place(pipeline: Any, device: torch.device, offload: str) -> None:
+    """Puts the networks where they run, or hooks on them that do so in their turn (offload "model", "sequential")."""
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    elif device.type != "cpu":
+        pipeline.to(device)
 
 
 def choose_offload(part_bytes: dict[str, int], free_bytes: int, panel_size: int) -> str:

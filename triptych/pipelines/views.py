@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -190,14 +189,10 @@ def _load(
     if isinstance(model, str):
         from ..flux.backend import load_flux_views
 
-        return load_flux_views(model, device=device, progress=partial(_advance, clock)), True
+        return load_flux_views(
+            model, device=device, progress=lambda stage, share: clock.step(share), cancel=clock.cancel
+        ), True
     return (model(), True) if not hasattr(model, "sheet") else (cast("FluxViews", model), False)
-
-
-def _advance(clock: _Clock, stage: str, share: float) -> None:
-    if clock.cancel():
-        raise Cancelled("stopped while the views model was loaded")
-    clock.step(share / 2 if stage in ("find", "fetch") else (1 + share) / 2)
 
 
 def _token_counter(model: FluxViews) -> Callable[[str], int] | None:
