@@ -44,7 +44,6 @@ from trainer.prepare.photos import (  # noqa: E402
     photo_references,
     photograph,
     photograph_folder,
-    random_background,
     symmetric_photos,
 )
 from trainer.prepare.run import prepare  # noqa: E402
@@ -572,13 +571,6 @@ def test_references_from_photographs_have_one_height_and_their_background():
     assert max(heights) - min(heights) <= 2 and abs(max(extents) - 0.85 * 64) <= 2
     again = photo_references(photos, (0, 1, 2), np.random.default_rng(0), (1.0, 0.0, 1.0), jitter=0.0)
     assert torch.equal(made, again)
-    uncut = photo_references(photos, (0,), np.random.default_rng(0), (1.0, 0.0, 1.0), uncut=1.0)
-    corner = uncut[0, :, :3, :3]
-    assert not torch.allclose(corner, key.expand_as(corner), atol=0.05)
-    found = [random_background(np.random.default_rng(seed), 32) for seed in range(30)]
-    assert all(float(x.min()) >= 0 and float(x.max()) <= 1 and x.shape == (3, 32, 32) for x in found)
-    spread = [float(x.flatten(1).std(1).max()) for x in found]
-    assert 3 < sum(s < 1e-6 for s in spread) < 25
 
 
 # ---- recipes and the plan
@@ -694,10 +686,10 @@ def test_sheets_with_photographs_and_prompts_are_made_by_one_command_and_trained
     base = klein_folder() if family == "klein" else kontext_folder()
     out = tmp_path / "sheets"
     command = ["sheets", data, "--model", base, "--out", out, "--panel", 32, "--background", "1,1,1", "--workers", 0]
-    command += ["--variants", 1, "--captions", 1, "--photos", source, "--photo-share", 1, "--uncut", 0.5, "--text"]
+    command += ["--variants", 1, "--captions", 1, "--photos", source, "--photo-share", 1, "--text"]
     assert main(list(map(str, [*command, "--text-tokens", 24]))) == 0
     sheets = SheetData([out])
-    assert (sheets.options["photos"], sheets.options["uncut"], sheets.options["captions"]) == (1.0, 0.5, 1)
+    assert (sheets.options["photos"], sheets.options["captions"]) == (1.0, 1)
     channels = 128 if family == "klein" else 64
     assert all(sheets[i].references.shape[1:] == (channels, 2, 2) for i in range(len(sheets)))
     template = template_of(base)
@@ -713,12 +705,8 @@ def test_sheets_with_photographs_and_prompts_are_made_by_one_command_and_trained
     assert checkpoint(tmp_path / "run", 1).is_dir()
 
 
-def test_wrong_shares_are_said(photographed, tmp_path, capsys):
-    data, _ = photographed
-    command = ["sheets", str(data), "--model", str(klein_folder()), "--out", str(tmp_path / "x"), "--panel", "32"]
-    assert main([*command, "--uncut", "0.5"]) == 1
-    assert "give --photos SOURCE too" in capsys.readouterr().err
-    with pytest.raises(TriptychError, match="shares from 0 to 1"):
+def test_wrong_shares_are_said():
+    with pytest.raises(TriptychError, match="--photo-share 1.5 is a share from 0 to 1"):
         SheetOptions(photos=1.5)
 
 

@@ -54,7 +54,6 @@ from .structured import Item, ShardJob, over_shards, plan
 
 FORMAT = 1
 FOLDER = "photos"
-BACKGROUNDS = ("plain", "gradient", "noise")
 
 
 @dataclass(frozen=True)
@@ -232,19 +231,14 @@ def photo_references(
     background: Sequence[float],
     *,
     jitter: float = 0.04,
-    uncut: float = 0.0,
 ) -> torch.Tensor:
     """Reference pictures of photographs under a random light: (V, 3, S, S) float32 sRGB 0-1.
 
-    They are brought to one height and to the frame, as `prepare_views` does with given views, on the background; a
-    share ``uncut`` of the samples stays where the camera saw it, before something plain, graded or noisy. Raises
+    They are brought to one height and to the frame, as `prepare_views` does with given views, on the background. Raises
     TriptychError when a view is empty.
     """
     rotations = camera_rotations(photos["cameras"])
     lit = relight(photos["albedo"], photos["normal"], generator, views, PLAIN, rotations)
-    if uncut and generator.random() < uncut:
-        behind = torch.stack([random_background(generator, lit.shape[-1]) for _ in views])
-        return lit[:, :3] * lit[:, 3:] + behind * (1 - lit[:, 3:])
     return on_background(framed_by_height(lit, generator, jitter), background)
 
 
@@ -262,23 +256,6 @@ def framed_by_height(rgba: torch.Tensor, generator: np.random.Generator, jitter:
     return torch.stack(moved)
 
 
-def random_background(generator: np.random.Generator, size: int) -> torch.Tensor:
-    """(3, size, size) float32 sRGB 0-1: one colour, a gradient in any direction, or soft noise of any coarseness."""
-    kind = BACKGROUNDS[int(generator.integers(len(BACKGROUNDS)))]
-    first, second = (torch.from_numpy(generator.uniform(0, 1, 3).astype(np.float32)).view(3, 1, 1) for _ in range(2))
-    if kind == "plain":
-        return first.expand(3, size, size).clone()
-    if kind == "gradient":
-        angle = generator.uniform(0, 2 * math.pi)
-        line = torch.linspace(-1, 1, size)
-        along = math.cos(angle) * line[None, :] + math.sin(angle) * line[:, None]
-        return torch.lerp(first, second, ((along / 2**0.5 + 1) / 2).clamp(0, 1))
-    cells = int(generator.integers(2, max(3, size // 4)))
-    noise = torch.from_numpy(generator.uniform(0, 1, (1, 1, cells, cells)).astype(np.float32))
-    smooth = torch.nn.functional.interpolate(noise, (size, size), mode="bilinear", align_corners=False)[0]
-    return torch.lerp(first, second, smooth)
-
-
 # ---- the command
 
 
@@ -287,7 +264,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--photos", nargs="+", type=Path, metavar="SOURCE", help="also photograph: the folders DATA was prepared from"
     )
     parser.add_argument("--photo-share", type=float, default=0.5, help="of the sheets whose references are photographs")
-    parser.add_argument("--uncut", type=float, default=0.0, help="share of these that are not cut out")
 
 
 def photograph_all(data: Sequence[Path], sources: Sequence[Path], workers: int | None = None) -> Iterator[str]:

@@ -62,7 +62,7 @@ SAMPLES_PER_SHARD = 256
 class SheetOptions:
     """panel: pixels of a view's side. background: sRGB. variants: of each prepared sample. captions: of each variant.
     lone_photo: share of variants whose only reference is the front view; the others get one to three views. photos:
-    share of variants whose references are photographs. uncut: share of these before a background of their own.
+    share of variants whose references are photographs.
     mirrored: every reference is followed by its mirror image, see `ViewsCard.mirrored`."""
 
     panel: int = 128
@@ -72,17 +72,16 @@ class SheetOptions:
     lone_photo: float = 0.75
     seed: int = 0
     photos: float = 0.0
-    uncut: float = 0.0
     mirrored: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.photos <= 1 and 0 <= self.uncut <= 1):
-            raise TriptychError(f"--photo-share {self.photos} and --uncut {self.uncut} are shares from 0 to 1")
+        if not 0 <= self.photos <= 1:
+            raise TriptychError(f"--photo-share {self.photos} is a share from 0 to 1: give 0.5 for half of the sheets")
 
     def header(self) -> dict[str, Any]:
         """What a cache is known by; options that came later stand there only when they are used."""
         said = json.loads(json.dumps(asdict(self)))
-        return {key: value for key, value in said.items() if value or key not in ("photos", "uncut", "mirrored")}
+        return {key: value for key, value in said.items() if value or key not in ("photos", "mirrored")}
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,9 @@ def main(args: argparse.Namespace) -> int:
         raise TriptychError(
             f"--background {args.background!r}: three numbers from 0 to 1 with commas, such as 1,1,1"
         ) from None
-    if args.uncut and not args.photos:
-        raise TriptychError(f"--uncut {args.uncut} is a share of the photographs: give --photos SOURCE too")
     share = args.photo_share if args.photos else 0.0
     options = SheetOptions(
-        args.panel, (red, green, blue), args.variants, args.captions, photos=share, uncut=args.uncut if share else 0.0,
-        mirrored=args.mirrored,
+        args.panel, (red, green, blue), args.variants, args.captions, photos=share, mirrored=args.mirrored,
     )  # fmt: skip
     workers = _cores() if args.workers is None else args.workers
     model = _model_folder(args.model)
@@ -268,7 +264,7 @@ def draw_sheet(
         photos = symmetric_photos(photos, symmetry)
         if recolouring:
             photos = photos | {"albedo": recoloured(photos["albedo"], recolouring)}
-        references = photo_references(photos, given, generator, options.background, uncut=options.uncut)
+        references = photo_references(photos, given, generator, options.background)
     else:
         references = photo_views(sample, given, generator, options.background)
     if options.mirrored:
@@ -326,7 +322,10 @@ _ENCODERS: dict[tuple[str, str], Any] = {}
 
 
 def _encoder(model: str, device: str) -> Any:
-    """Pictures (B, 3, H, W) 0-1 -> normalised, patchified latents (B, 4 C, H / 16, W / 16) bfloat16 on the CPU."""
+    """Pictures (B, 3, H, W) 0-1 -> normalised, patchified latents (B, 4 C, H / 16, W / 16) bfloat16 on the CPU.
+
+    A card gets one picture at a time: eight sheets of 1024 px at once take more than many have.
+    """
     if (model, device) not in _ENCODERS:
         _ENCODERS[model, device] = sheet_encoder(model, device)
     return _ENCODERS[model, device]
