@@ -486,6 +486,25 @@ def photographed(tmp_path_factory) -> tuple[Path, Path]:
     return out, source
 
 
+def test_photographs_are_of_the_object_as_it_was_prepared_or_none(tmp_path):
+    source, data = tmp_path / "meshes", tmp_path / "data"
+    source.mkdir()
+    for i in range(2):
+        tall = trimesh.creation.box((0.3, 0.2 + 0.1 * i, 1.0))  # up is +z in the file
+        tall.export(source / f"{i}.ply")
+    prepare(find_sources([source], up="+z", front="-y"), data, BuildOptions(yaws=1, view_size=64), workers=0)
+    trimesh.creation.box((1, 1, 1)).export(source / "1.ply")
+    made = photograph_folder(data, [source], PhotoOptions(size=64), workers=0)
+    assert made == {"samples": 1, "skipped": 1, "absent": 0}
+    report = json.loads(next((data / "photos").glob("shard*.json")).read_text())
+    assert "1.ply has changed since it was prepared: run prepare again" in report["skipped"][0]["reason"]
+    records = {r["key"]: r for r in json.loads((data / "index.json").read_text())["records"]}
+    record = records["meshes/0.ply"]
+    alpha = Photos(data).get(record["shard"], record["rows"][0])["albedo"][..., 3] > 128
+    for view in alpha:
+        assert view.any(1).sum() > 1.5 * view.any(0).sum(), "it stands"
+
+
 def test_photographs_go_on_and_show_the_prepared_object(photographed):
     data, source = photographed
     records = [r for r in json.loads((data / "index.json").read_text())["records"] if r["status"] == "ok"]

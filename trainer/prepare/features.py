@@ -28,14 +28,12 @@ from tqdm import tqdm
 from trainer.names import import_named
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import Camera
-from triptych.geometry.files import read_mesh
 from triptych.geometry.mesh import Mesh
 from triptych.models.voxel_features import mean_patch_features
 from triptych.render.views import render_mesh
 
-from .build import framed, turned
 from .shards import _is_whole, _write
-from .structured import FOLDER, Item, ShardJob
+from .structured import FOLDER, ShardJob, mesh_of
 
 Extractor = Callable[[Tensor], Tensor]
 EXTRACTORS: dict[str, str] = {}  # name -> "module:function"; the function takes a device and returns an Extractor
@@ -120,7 +118,7 @@ def cache_features(data: Path, jobs: list[ShardJob], extract: Extractor, options
             raise TriptychError(f"{job.name} has rows {absent} that this call does not name: use the same --all-yaws")
         parts = np.split(coords, ends[:-1])
         features = [
-            voxel_features(_mesh(items[row]), part, resolution, extract, options)
+            voxel_features(mesh_of(items[row]), part, resolution, extract, options)
             for row, part in zip(rows.tolist(), parts, strict=True)
         ]
         # safetensors writes an array's bytes as they lie in memory, whatever their order.
@@ -140,7 +138,3 @@ def _is_done(path: Path, arrays: Path, options: FeatureOptions) -> bool:
     with safe_open(str(path), framework="numpy") as have, safe_open(str(arrays), framework="numpy") as shard:
         rows: Any = have.get_slice("features").get_shape()[0]
         return have.metadata() == _metadata(options) and rows == shard.get_slice("coords").get_shape()[0]
-
-
-def _mesh(item: Item) -> Mesh:
-    return turned(framed(read_mesh(item.source.path), item.source.frame).normalized(), item.yaw_deg)

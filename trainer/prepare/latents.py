@@ -41,16 +41,15 @@ from triptych.bundles.bundle import Bundle, load_bundle
 from triptych.bundles.published import PublishedBundle
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera, rig_cameras
-from triptych.geometry.files import read_mesh
 from triptych.images.published import on_black
 from triptych.models.image_conditioning import ImageEncoder, encoder_info, load_image_encoder
 from triptych.models.slat_encoder import SLatEncoder
 from triptych.render.views import render_views
 from triptych.sparse.tensor import SparseTensor
 
-from .build import _UNFORESEEN, fingerprint, framed, turned
-from .sources import AXES, find_sources
-from .structured import Item, plan
+from .build import _UNFORESEEN
+from .sources import find_sources
+from .structured import Item, mesh_of, plan
 
 Extractor = Callable[[Tensor], Tensor]
 DEFAULT_ENCODER = "dinov2_vitl14_reg"
@@ -155,10 +154,7 @@ def pictures_of(place: Place, options: LatentOptions) -> Tensor:
     if place.item is None:
         sample = place.prepared[place.prepared_index]
         return relight(sample["albedo"], sample["normal"], generator)
-    item = place.item
-    if item.file_sha256 is not None and fingerprint(item.source.path)["file_sha256"] != item.file_sha256:
-        raise TriptychError(f"{item.source.path.name} has changed since it was prepared: run prepare again")
-    mesh = turned(framed(read_mesh(item.source.path), item.source.frame).normalized(), item.yaw_deg)
+    mesh = mesh_of(place.item)
     cameras = condition_cameras(options.views, generator)
     drawn = render_views(mesh, cameras, options.render_size)
     rgba = torch.cat([drawn.albedo, drawn.alpha], dim=1).permute(0, 2, 3, 1)
@@ -367,8 +363,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="at most this many samples of each split (a trial)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="every N-th object from I on, without an index")
     parser.add_argument("--index-split", nargs="+", default=["train"], help="as for prepare")
-    parser.add_argument("--up", choices=AXES, help="as for prepare")
-    parser.add_argument("--front", choices=AXES, help="as for prepare")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -389,7 +383,7 @@ def main(args: argparse.Namespace) -> int:
     )
     items = None
     if args.sources:
-        sources = find_sources(args.sources, tuple(args.index_split), args.up, args.front)
+        sources = find_sources(args.sources, tuple(args.index_split))
         items = dict(_located(plan(args.data, sources, all_yaws=True)[0]))
     part = _part(args.part)
     found = cache_latents(args.data, args.out, bundle, options, items, limit=args.limit, part=part, device=args.device)

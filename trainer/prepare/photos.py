@@ -45,12 +45,11 @@ from triptych.geometry.mesh import Mesh
 from triptych.render.views import render_views
 
 from .build import _UNFORESEEN, _bytes
-from .features import _mesh
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
 from .sheets import PLAIN, _box, _resampled, on_background
-from .sources import find_sources
-from .structured import Item, ShardJob, over_shards, plan
+from .sources import OUR_FRAME, find_sources
+from .structured import Item, ShardJob, mesh_of, over_shards, plan
 
 FORMAT = 1
 FOLDER = "photos"
@@ -117,10 +116,10 @@ def photograph_folder(
     """Writes the photographs of every sample of a prepared folder; finished shards are kept.
 
     sources: the folders it was prepared from. Returns the numbers of samples, of skipped ones (each with its reason in
-    the shard's JSON) and of objects without a source. Raises TriptychError: not a prepared folder, none of its objects
-    among the sources, photographs of other options, a full disk.
+    the shard's JSON: also one whose file has changed since) and of objects without a source. Raises TriptychError: not
+    a prepared folder, none of its objects among the sources, photographs of other options, a full disk.
     """
-    jobs, absent = plan(data, find_sources(list(sources), tuple(index_split), None, None), all_yaws=True)
+    jobs, absent = plan(data, find_sources(list(sources), tuple(index_split)), all_yaws=True)
     out = data / FOLDER
     out.mkdir(exist_ok=True)
     header = {"format": FORMAT, "options": json.loads(json.dumps(asdict(options)))}
@@ -144,7 +143,9 @@ def _check_same(path: Path, header: dict[str, Any]) -> None:
 
 
 def _wanted(job: ShardJob) -> list[list[Any]]:
-    return [[item.source.key, item.row, item.file_sha256] for item in job.items]
+    """What a shard is of; the axes of a file are said where they are not ours."""
+    turns = (() if item.source.frame == OUR_FRAME else item.source.frame for item in job.items)
+    return [[i.source.key, i.row, i.file_sha256, *turn] for i, turn in zip(job.items, turns, strict=True)]
 
 
 def _is_done(out: Path, job: ShardJob) -> bool:
@@ -161,7 +162,7 @@ def _build_shard(job: ShardJob, out: Path, options: PhotoOptions) -> int:
     skipped: list[dict[str, Any]] = []
     for item in job.items:
         try:
-            samples.append(photograph(_mesh(item), options, _seed(item, options)))
+            samples.append(photograph(mesh_of(item), options, _seed(item, options)))
             rows.append(item.row)
         except (TriptychError, OSError, *_UNFORESEEN) as error:
             skipped.append({"key": item.source.key, "row": item.row, "reason": f"{type(error).__name__}: {error}"})

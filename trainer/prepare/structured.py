@@ -28,7 +28,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ from triptych.render import views
 from .build import _UNFORESEEN, fingerprint, framed, turned
 from .run import _alone, _cores
 from .shards import _is_whole, _write, remove_leftovers, write_json
-from .sources import AXES, Source, find_sources
+from .sources import OUR_FRAME, Source, find_sources
 
 Job = TypeVar("Job")
 
@@ -319,8 +319,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all-yaws", action="store_true", help="also the turned copies, not only the first")
     parser.add_argument("--shards", type=int, default=None, help="at most this many shards (a trial)")
     parser.add_argument("--index-split", nargs="+", default=["train"], help="as for prepare")
-    parser.add_argument("--up", choices=AXES, help="as for prepare")
-    parser.add_argument("--front", choices=AXES, help="as for prepare")
     parser.add_argument("--features", metavar="NAME", help="also cache image features: an encoder, or module:function")
     parser.add_argument("--feature-views", type=int, default=150, help="pictures of each object")
     parser.add_argument("--feature-size", type=int, default=518, help="pixels of a picture's side")
@@ -328,7 +326,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    sources = find_sources(args.sources, tuple(args.index_split), args.up, args.front)
+    sources = find_sources(args.sources, tuple(args.index_split))
     summary = structure(args.data, sources, workers=args.workers, all_yaws=args.all_yaws, limit=args.shards)
     print(
         f"{summary['samples']} samples in {args.data / FOLDER}, {summary['skipped']} skipped, "
@@ -373,7 +371,8 @@ def structure(
 
 
 def plan(data: Path, sources: list[Source], all_yaws: bool = False) -> tuple[list[ShardJob], int]:
-    """What to build, by prepared shard, and how many of the folder's objects have no source."""
+    """What to build, by prepared shard, and how many of the folder's objects have no source. The axes of a file are
+    those that it was prepared with, whatever ``sources`` say."""
     path = data / "index.json"
     if not path.is_file():
         raise TriptychError(f"{path} is missing: run `python -m trainer prepare SOURCE --out {data}` first")
@@ -386,7 +385,8 @@ def plan(data: Path, sources: list[Source], all_yaws: bool = False) -> tuple[lis
     for record in known:
         turns = list(zip(record["rows"], record["yaws_deg"], strict=True))
         for row, yaw in turns if all_yaws else turns[:1]:
-            item = Item(by_key[record["key"]], record["file_sha256"], row, yaw)
+            source = replace(by_key[record["key"]], frame=tuple(record.get("frame", OUR_FRAME)))
+            item = Item(source, record["file_sha256"], row, yaw)
             shards.setdefault(record["shard"], []).append(item)
     return [ShardJob(name, tuple(items)) for name, items in sorted(shards.items())], len(records) - len(known)
 
@@ -439,11 +439,16 @@ def build_shard(job: ShardJob, data: Path) -> int:
     return len(job.items)
 
 
-def _build(item: Item, sdf: np.ndarray, band: float) -> dict[str, np.ndarray]:
+def mesh_of(item: Item) -> Mesh:
+    """The mesh as it was prepared: in our frame, normalised, turned. Raises TriptychError when its file has changed."""
     path = item.source.path
     if item.file_sha256 is not None and fingerprint(path)["file_sha256"] != item.file_sha256:
         raise TriptychError(f"{path.name} has changed since it was prepared: run prepare again")
-    mesh = turned(framed(read_mesh(path), item.source.frame).normalized(), item.yaw_deg)
+    return turned(framed(read_mesh(path), item.source.frame).normalized(), item.yaw_deg)
+
+
+def _build(item: Item, sdf: np.ndarray, band: float) -> dict[str, np.ndarray]:
+    mesh = mesh_of(item)
     seed = int.from_bytes(item.source.key.encode()[-6:], "little") + item.row
     return structure_sample(mesh, sdf, band, seed)
 
