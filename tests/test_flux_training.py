@@ -36,6 +36,7 @@ from trainer.flux_base import (  # noqa: E402
 )
 from trainer.loop import export, open_trained, train  # noqa: E402
 from trainer.order import stream_seed  # noqa: E402
+from trainer.prepare import sheet_cache  # noqa: E402
 from trainer.prepare.build import BuildOptions, _bytes, turned  # noqa: E402
 from trainer.prepare.photos import (  # noqa: E402
     PhotoOptions,
@@ -50,7 +51,7 @@ from trainer.prepare.run import prepare  # noqa: E402
 from trainer.prepare.sheet_cache import SheetOptions, _vae_hash, cache_sheets  # noqa: E402
 from trainer.prepare.sources import find_sources  # noqa: E402
 from trainer.recipes import build_recipe  # noqa: E402
-from trainer.sheet_data import SheetData, TextCache  # noqa: E402
+from trainer.sheet_data import SheetData, TextCache, cache_text  # noqa: E402
 from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsConfig,
     FluxViewsTask,
@@ -317,6 +318,38 @@ def test_configs_of_runs_from_before_still_load():
 
 
 # ---- cached prompts
+
+
+def test_a_card_gets_one_prompt_and_one_picture_at_a_time(monkeypatch, tmp_path):
+    def embed(prompts):
+        sizes.append(len(prompts))
+        return {"words": torch.tensor([[[float(len(prompt))]] for prompt in prompts])}
+
+    def encode(pictures):
+        sizes.append(len(pictures))
+        return pictures.mean(dim=(2, 3))
+
+    facts = {"architecture": "flux2-klein", "tokens": 1}
+    sizes: list[int] = []
+    for name, step in (("cpu", {}), ("card", {"at_a_time": 1})):
+        cache_text(tmp_path / name, [letter * (1 + i) for i, letter in enumerate("abcdefghij")], embed, **facts, **step)
+    assert sizes == [8, 2] + [1] * 10
+    first, second = ((tmp_path / name / "text_0000.safetensors").read_bytes() for name in ("cpu", "card"))
+    assert first == second
+    monkeypatch.setattr(sheet_cache, "sheet_encoder", lambda model, device: encode)
+    monkeypatch.setattr(sheet_cache, "_ENCODERS", {})
+    sizes.clear()
+    pictures = torch.rand(5, 3, 4, 4)
+    made = [sheet_cache._encoder("model", device)(pictures) for device in ("cpu", "cuda")]
+    assert sizes == [5, 1, 1, 1, 1, 1] and torch.equal(*made)
+
+
+def test_no_logits_over_the_vocabulary_are_made_for_a_prompt():
+    parts, shapes = FrozenParts(klein_folder(), torch.device("cpu")), []
+    parts.part("text_encoder").lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape[:2]))
+    parts.embed(["a red chair", "a car"], 24)
+    parts.embed_thinly(["a red chair", "a car"], 24, 2, 0)
+    assert shapes == [(2, 1), (2, 1)]
 
 
 def test_cached_prompts_train_alike_and_nothing_else_is_loaded(klein_sheets, tmp_path):

@@ -33,7 +33,7 @@ from triptych.errors import TriptychError
 TEXT_INDEX = "text.json"
 TEXT_FORMAT = 1
 PROMPTS_PER_FILE = 64
-EMBEDDED_AT_A_TIME = 8
+EMBEDDED_AT_A_TIME = 8  # on a CPU
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,13 @@ def cache_text(
     *,
     architecture: str,
     tokens: int,
+    at_a_time: int = EMBEDDED_AT_A_TIME,
 ) -> int:
     """Writes the embeddings of the prompts that ``folder`` lacks; their number.
 
-    embed: prompts -> words (B, L, D) and perhaps pooled (B, E). Raises TriptychError for a cache of another
-    architecture or length, and when the disk has too little room for all that is missing.
+    embed: prompts -> words (B, L, D) and perhaps pooled (B, E), called with at_a_time of them or fewer. Raises
+    TriptychError for a cache of another architecture or length, and when the disk has too little room for all that is
+    missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -174,7 +176,7 @@ def cache_text(
     with tqdm(total=len(missing), unit="prompt", desc="text") as bar:
         for start in range(0, len(missing), PROMPTS_PER_FILE):
             part = missing[start : start + PROMPTS_PER_FILE]
-            arrays = _embedded(part, embed)
+            arrays = _embedded(part, embed, at_a_time)
             size = sum(array.nbytes for array in arrays.values()) / len(part)
             _check_room(folder, size * (len(missing) - start))
             name = f"text_{number:04d}.safetensors"
@@ -186,8 +188,9 @@ def cache_text(
     return len(missing)
 
 
-def _embedded(prompts: list[str], embed: Callable[[list[str]], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    step = EMBEDDED_AT_A_TIME
+def _embedded(
+    prompts: list[str], embed: Callable[[list[str]], dict[str, torch.Tensor]], step: int
+) -> dict[str, torch.Tensor]:
     made = [embed(prompts[start : start + step]) for start in range(0, len(prompts), step)]
     return {key: torch.cat([one[key].to("cpu", torch.bfloat16) for one in made]).contiguous() for key in made[0]}
 

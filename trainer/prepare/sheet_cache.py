@@ -327,7 +327,9 @@ def _encoder(model: str, device: str) -> Any:
     A card gets one picture at a time: eight sheets of 1024 px at once take more than many have.
     """
     if (model, device) not in _ENCODERS:
-        _ENCODERS[model, device] = sheet_encoder(model, device)
+        encode = sheet_encoder(model, device)
+        alone = lambda pixels: torch.cat([encode(picture[None]) for picture in pixels])  # noqa: E731
+        _ENCODERS[model, device] = encode if torch.device(device).type == "cpu" else alone
     return _ENCODERS[model, device]
 
 

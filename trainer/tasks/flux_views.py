@@ -46,7 +46,7 @@ from trainer.flux_base import (
     write_lora,
     write_whole,
 )
-from trainer.sheet_data import CachedSheet, SheetData, TextCache, cache_text, same_autoencoder
+from trainer.sheet_data import EMBEDDED_AT_A_TIME, CachedSheet, SheetData, TextCache, cache_text, same_autoencoder
 from trainer.task import Task
 from triptych.errors import TriptychError
 from triptych.flux.card import ViewsCard, default_card, sigmas, write_card
@@ -467,7 +467,8 @@ def cache_words(
         words = parts.embed(batch, tokens)
         return {"words": words.embeds, "pooled": words.pooled} if isinstance(words, Words) else {"words": words}
 
-    return len(prompts), cache_text(out, prompts, embed, architecture=architecture, tokens=tokens)
+    step = EMBEDDED_AT_A_TIME if parts.device.type == "cpu" else 1  # beside its weights a card has little room
+    return len(prompts), cache_text(out, prompts, embed, architecture=architecture, tokens=tokens, at_a_time=step)
 
 
 def template_of(model: Path) -> str:

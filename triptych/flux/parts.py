@@ -227,7 +227,14 @@ def _load_part(
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise TriptychError(f"{folder} could not be loaded ({_one_line(error)}): fetch the model again") from error
     _check_loaded(folder, info, notes)
+    if class_name == "Qwen3ForCausalLM":
+        network.register_forward_pre_hook(_last_logits, with_kwargs=True)
     return network.eval().requires_grad_(False)
+
+
+def _last_logits(network: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pipelines read hidden states alone; 512 tokens' logits over a vocabulary of 152,000 would be made beside them."""
+    return args, {"logits_to_keep": 1} | options
 
 
 def _check_loaded(folder: Path, info: dict[str, Any], notes: list[str]) -> None:
