@@ -644,6 +644,24 @@ def test_a_recipe_is_complete_and_says_what_fits(name):
         FluxViewsTask(task_config).memory_plan([0], 1)
 
 
+def test_the_plan_is_for_the_most_references_that_a_sheet_can_have(tmp_path):
+    config = replace(build_recipe("flux2_klein_4b_lora").task_config, cache=(str(tmp_path),))
+    shape = flux_plan.plan_shape(config.base, config.lora)
+
+    def fits(text: str, references: int) -> bool:
+        row = "".join(f"{n or 'none':>12}" for n in flux_plan.fit(shape, "lora", 16, references).batches)
+        return f"\n{'16 GB':<8}{'lora':<18}{row}" in text
+
+    text = flux_plan.plan_text(config, [16], 1)
+    assert "\n1 reference, recomputed " in text and "\n3 references, recomputed " in text
+    assert fits(text, 3) and not fits(text, 1)
+    (tmp_path / "sheets.json").write_text('{"options": {"mirrored": true}}')
+    text = flux_plan.plan_text(config, [16], 1)
+    assert "\n1 reference, all kept " in text and "\n6 references, all kept " in text and fits(text, 6)
+    dev = flux_plan.plan_text(replace(config, base="black-forest-labs/FLUX.1-dev"), [24], 1)
+    assert "\n0 references, recomputed " in dev and "1 reference" not in dev
+
+
 @pytest.mark.parametrize(
     ("base", "billions"),
     [("FLUX.2-klein-base-4B", 3.88), ("FLUX.2-klein-base-9B", 9.08), ("FLUX.1-Kontext-dev", 11.90)],
@@ -708,22 +726,24 @@ def small_transformer(family: str, recompute: bool) -> tuple[torch.nn.Module, An
     return model.train(), words
 
 
+@pytest.mark.parametrize("references", [0, flux_plan.MOST_REFERENCES])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("family", ["flux2", "flux1"])
-def test_planned_activations_are_those_that_autograd_keeps(family, recompute):
+def test_planned_activations_are_those_that_autograd_keeps(family, recompute, references):
     model, words = small_transformer(family, recompute)
     shape = flux_plan.shape_of(model)
     noisy = torch.randn(1, model.config.in_channels, 16, 16)
-    kept, tokens = Kept([*model.parameters(), *model.buffers()]), 256 + 64
+    given = torch.randn(1, references, model.config.in_channels, 8, 8) if references else None
+    kept, tokens = Kept([*model.parameters(), *model.buffers()]), flux_plan.sheet_tokens(256, references, 64)
     with LiveMemory() as live:
         with kept, torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = velocity_of(model, noisy, torch.ones(1), words, None).float().square().mean()
+            loss = velocity_of(model, noisy, torch.ones(1), words, given).float().square().mean()
         counted = kept.total()
         loss.backward()
     planned = shape.activations("lora", tokens, recompute=recompute, cuda=False)
     if recompute:  # the plan has the block that is there again on the way back
         planned -= tokens * max(shape.kept(kind, "lora", cuda=False) for kind in shape.blocks)
-    assert counted == pytest.approx(planned, rel=0.1 if recompute else 0.06)
+    assert counted == pytest.approx(planned, rel=0.12 if recompute else 0.06)
     if recompute:
         foreseen = shape.sample("lora", tokens, cuda=False) + 6 * shape.adapters  # gradients and bfloat16 copies
         assert live.peak == pytest.approx(foreseen, rel=0.15)

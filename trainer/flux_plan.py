@@ -2,7 +2,9 @@
 
 Counted: the transformer's weights as each way of training holds them (parameter counts of the published shapes, built
 on the meta device), adapters with gradients, AdamW's moments and EMA, and the activations of a backward pass with every
-block recomputed (gradient checkpointing), for sheets of 512, 768 and 1024 px with one reference and 512 text tokens.
+block recomputed (gradient checkpointing), for sheets of 512, 768 and 1024 px with 512 text tokens and one reference, or
+the most that the data have: three, six in a cache made with --mirrored. What fits is said of the most, since any batch
+may draw it.
 Activations are those of bfloat16 autocast: what a token keeps in a block, and the peak of a whole backward pass, were
 counted on small random models (tests compare); to that the float32 inputs and outputs of norms are added, which
 autocast makes on CUDA but not on a CPU.
@@ -26,13 +28,16 @@ from torch import nn
 
 from trainer.flux_base import LoraSettings
 from trainer.memory import GIB
+from trainer.prepare.sheet_cache import INDEX
 from triptych.errors import TriptychError
+from triptych.flux.hub import read_json
 from triptych.flux.lora import DEFAULT_TARGETS
 from triptych.flux.parts import is_block_matrix
 
 CARDS_GIB = (12, 16, 24, 48, 80, 141)
 SHEETS_PX = (512, 768, 1024)
 TEXT_TOKENS = 512
+MOST_REFERENCES = 3  # of a sample, see prepare/sheet_cache.py; twice that with their mirror images
 USABLE = 0.9
 MODES = ("full", "lora", "lora, int8 base", "lora, nf4 base")
 # Bytes of a number of a quantised matrix. nf4 has a float32 scale for each 64 numbers; int8 and fp8 have one a row.
@@ -200,9 +205,10 @@ class Fit:
     batches: tuple[int, ...]
 
 
-def fit(shape: FluxShape, mode: str, card_gib: int) -> Fit:
+def fit(shape: FluxShape, mode: str, card_gib: int, references: int = MOST_REFERENCES) -> Fit:
+    """What fits on a card where every sample may have so many references."""
     room = USABLE * card_gib * GIB - sum(shape.static(mode).values())
-    batches = (int(room // shape.sample(mode, sheet_tokens(size))) for size in SHEETS_PX)
+    batches = (int(room // shape.sample(mode, sheet_tokens(size, references))) for size in SHEETS_PX)
     return Fit(mode, card_gib, tuple(max(0, batch) for batch in batches))
 
 
@@ -218,7 +224,6 @@ def plan_shape(base: str, lora: LoraSettings) -> FluxShape:
         )
     import diffusers
 
-    from triptych.flux.hub import read_json
     from triptych.flux.parts import PIPELINES, architecture_of
 
     class_name = PIPELINES[architecture_of(Path(base))][1]["transformer"][1][0]
@@ -231,6 +236,16 @@ def plan_shape(base: str, lora: LoraSettings) -> FluxShape:
 def _published(base: str, lora: LoraSettings) -> FluxShape:
     architecture, sizes = PUBLISHED[base]
     return shape_of(weightless(architecture, **sizes), lora)
+
+
+def most_references(config: Any) -> int:
+    """Of one sample, for a FluxViewsConfig: none for FLUX.1 dev, else by whether its caches, where there are some
+    already, have mirror images."""
+    if PUBLISHED.get(config.base, ("", {}))[0] == "flux1-dev":
+        return 0
+    indices = [path for folder in config.cache if (path := Path(folder) / INDEX).is_file()]
+    mirrored = any(read_json(path).get("options", {}).get("mirrored") for path in indices)
+    return 2 * MOST_REFERENCES if mirrored else MOST_REFERENCES
 
 
 def plan_text(config: Any, cards_gib: Sequence[int] | None, batch: int) -> str:
@@ -252,14 +267,21 @@ def plan_text(config: Any, cards_gib: Sequence[int] | None, batch: int) -> str:
     for mode in MODES:
         parts = shape.static(mode)
         lines.append(f"{mode:<24}" + "".join(f"{v / GIB:>12.2f}" for v in (*parts.values(), sum(parts.values()))))
+    most = most_references(config)
     lines += ["", f"{'GiB of one sample':<24}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX)]
-    for name, recompute in (("blocks recomputed", True), ("nothing recomputed", False)):
-        sizes = (shape.sample(own, sheet_tokens(size), recompute=recompute) / GIB for size in SHEETS_PX)
-        lines.append(f"{name:<24}" + "".join(f"{size:>12.2f}" for size in sizes))
-    lines += ["", "largest batch of one backward pass, blocks recomputed"]
+    for references in sorted({min(1, most), most}):
+        for name, recompute in (("recomputed", True), ("all kept", False)):
+            sizes = (shape.sample(own, sheet_tokens(size, references), recompute=recompute) / GIB for size in SHEETS_PX)
+            label = f"{_counted(references)}, {name}"
+            lines.append(f"{label:<24}" + "".join(f"{size:>12.2f}" for size in sizes))
+    lines += ["", f"largest batch of one backward pass, blocks recomputed, {_counted(most)} to each sheet"]
     lines.append(f"{'card':<8}{'training':<18}" + "".join(f"{f'sheet {size}':>12}" for size in SHEETS_PX))
     for card in cards:
         for mode in MODES:
-            found = fit(shape, mode, card)
+            found = fit(shape, mode, card, most)
             lines.append(f"{f'{card} GB':<8}{mode:<18}" + "".join(f"{count or 'none':>12}" for count in found.batches))
     return "\n".join(lines)
+
+
+def _counted(references: int) -> str:
+    return f"{references} reference{'' if references == 1 else 's'}"
