@@ -328,9 +328,12 @@ def _encoder(model: str, device: str) -> Any:
     """
     if (model, device) not in _ENCODERS:
         encode = sheet_encoder(model, device)
-        alone = lambda pixels: torch.cat([encode(picture[None]) for picture in pixels])  # noqa: E731
-        _ENCODERS[model, device] = encode if torch.device(device).type == "cpu" else alone
+        _ENCODERS[model, device] = encode if torch.device(device).type == "cpu" else partial(_one_by_one, encode)
     return _ENCODERS[model, device]
+
+
+def _one_by_one(encode: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.cat([encode(picture[None]) for picture in pixels])
 
 
 def _is_flux1(model: str | Path) -> bool:

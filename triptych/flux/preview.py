@@ -20,11 +20,11 @@ _RIDGE = 1e-3
 
 
 def latent_colours(vae: Any) -> Tensor:
-    """The map (C + 1, 3) float32 of an autoencoder of diffusers that lies on the CPU without hooks; latents of C
+    """The map (C + 1, 3) float32 of an autoencoder of diffusers that has no hooks yet; latents of C
     channels, then an offset, to sRGB -1..1. The same autoencoder gives the same map."""
     pictures = _blobs()
     with torch.no_grad():
-        latents = copy.deepcopy(vae).float().encode(pictures * 2 - 1).latent_dist.mode()
+        latents = copy.deepcopy(vae).to("cpu", torch.float32).encode(pictures * 2 - 1).latent_dist.mode()
     wanted = F.avg_pool2d(pictures * 2 - 1, pictures.shape[-1] // latents.shape[-1])
     known_ND = _rows(torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1))
     gram_DD = known_ND.T @ known_ND
