@@ -745,7 +745,7 @@ def test_the_base_of_a_lora_may_lie_beside_it(tmp_path: Path) -> None:
 
 
 def test_the_base_of_a_lora_may_lie_among_the_models_and_is_not_fetched_then(tmp_path: Path, monkeypatch) -> None:
-    def fetch(name: str, progress):
+    def fetch(name: str, *told):
         raise TriptychError(f"{name} is fetched")
 
     monkeypatch.setattr(hub, "_fetched", fetch)
