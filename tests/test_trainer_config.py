@@ -4,15 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.trainer_toy import ToyConfig, recipe
 from trainer.config import TrainConfig, apply_overrides, config_from_dict, config_hash, config_to_dict, differing_keys
+from trainer.loop import train
 from trainer.optim import Ema, build_optimizer, learning_rate
-from trainer.order import BatchOrder, SampleOrder
+from trainer.order import BatchOrder, SampleOrder, check_shares
 from trainer.recipes import build_recipe
 from triptych.errors import TriptychError
 
@@ -196,8 +199,23 @@ def test_the_global_batch_does_not_depend_on_who_computes_it(processes, accumula
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(TriptychError, match="choose a multiple of 3"):
+    with pytest.raises(TriptychError, match="divides 8, or a new run with --set batch_size=9 --set accumulation=1"):
         BatchOrder(SampleOrder(50, 0), recipe(), 0, 0, 3)
+    config = replace(recipe(), accumulation=8)
+    with pytest.raises(TriptychError, match="batch_size 8 cannot be shared by 2 processes x accumulation 8: --set acc"):
+        check_shares(config, 2)
+    for processes, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        check_shares(replace(config, accumulation=accumulation), processes)
+        if processes > 1:
+            with pytest.raises(TriptychError, match=f"--set accumulation={accumulation}$"):
+                check_shares(config, processes)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_before_anything_is_loaded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("trainer.loop.make_accelerator", lambda device: SimpleNamespace(num_processes=2))
+    with pytest.raises(TriptychError, match="--set accumulation=4"):
+        train(build_recipe("flux2_klein_4b_lora"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -49,7 +49,7 @@ from trainer.optim import (
     set_learning_rate,
     trainable,
 )
-from trainer.order import batches, stream_seed
+from trainer.order import batches, check_shares, stream_seed
 from trainer.parallel import any_process, average_gradients, make_accelerator, mean_over_processes
 from trainer.runs import claim_run_dir, code_version, read_run, run_lock
 from trainer.task import Task
@@ -122,9 +122,11 @@ def train(config: TrainConfig, run_dir: Path, *, recipe: str = "", device: str =
     """Trains a run from its newest complete checkpoint, or from the start, to the end of its config.
 
     Returns the sentence that says how it ended: finished, stopped early, or interrupted (Ctrl-C, SIGTERM) and saved.
-    Raises TriptychError when the folder belongs to another run, nothing can be saved, or the loss stays non-finite.
+    Raises TriptychError when the folder belongs to another run, the processes cannot share a batch, nothing can be
+    saved, or the loss stays non-finite.
     """
     accelerator = make_accelerator(device)
+    check_shares(config, accelerator.num_processes)
     if accelerator.is_main_process:
         claim_run_dir(run_dir, config, recipe)
     with run_lock(run_dir, enabled=accelerator.is_main_process):

@@ -68,15 +68,32 @@ class SampleOrder:
         return int(self._epochs[epoch][position])
 
 
+def check_shares(config: TrainConfig, processes: int) -> None:
+    """TriptychError where a batch cannot be dealt evenly to ``processes``; it names an accumulation that works."""
+    size, parts = config.batch_size, config.accumulation
+    if size % (processes * parts) == 0:
+        return
+    if fitting := _accumulation(size, processes, parts):
+        remedy = f"--set accumulation={fitting}"
+    else:
+        larger = size + -size % processes
+        remedy = (
+            f"start a number of processes that divides {size}, or a new run with --set batch_size={larger} "
+            f"--set accumulation={_accumulation(larger, processes, parts)}"
+        )
+    raise TriptychError(f"batch_size {size} cannot be shared by {processes} processes x accumulation {parts}: {remedy}")
+
+
+def _accumulation(size: int, processes: int, most: int) -> int | None:
+    """The largest accumulation up to ``most`` that a batch of ``size`` can have."""
+    return next((count for count in range(most, 0, -1) if size % (processes * count) == 0), None)
+
+
 class BatchOrder:
     """The batches of one process from optimizer step ``first_step`` on, in order: an iterable of lists of pairs."""
 
     def __init__(self, order: SampleOrder, config: TrainConfig, first_step: int, process: int, processes: int) -> None:
-        if config.batch_size % (processes * config.accumulation):
-            raise TriptychError(
-                f"batch_size {config.batch_size} cannot be shared by {processes} processes x accumulation "
-                f"{config.accumulation}: choose a multiple of {processes * config.accumulation}"
-            )
+        check_shares(config, processes)
         self.order = order
         self.config = config
         self.first_step = first_step
