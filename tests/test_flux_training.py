@@ -55,6 +55,7 @@ from trainer.sheet_data import SheetData, TextCache, cache_text  # noqa: E402
 from trainer.tasks.flux_views import (  # noqa: E402
     FluxViewsConfig,
     FluxViewsTask,
+    TransformerSize,
     cache_words,
     drawn_prompts,
     template_of,
@@ -315,6 +316,21 @@ def test_configs_of_runs_from_before_still_load():
     ):
         del saved["task_config"][key]
     assert config_from_dict(saved) == config
+
+
+@pytest.mark.parametrize("thin_padding", [0, 4])
+def test_the_small_model_trains_in_float32_too(klein_sheets, thin_padding):
+    size = TransformerSize(heads=1, double_blocks=1, single_blocks=1)
+    facts = {"text_tokens": 24, "validation_sheets": 1, "generated_sheets": 1, "sample_steps": 1, "size": size}
+    config = FluxViewsConfig((str(klein_sheets),), parts=str(klein_folder()), thin_padding=thin_padding, **facts)
+    task = FluxViewsTask(config)
+    task.setup(torch.device("cpu"))
+    model = task.build_model()
+    loss, _ = task.loss(model, task.collate([task.sample(i, i) for i in range(2)]), 0)
+    loss.backward()
+    assert torch.isfinite(loss) and model.proj_out.weight.grad.dtype == torch.float32
+    with torch.no_grad():
+        assert np.isfinite(task.validate(model)["loss"])
 
 
 # ---- cached prompts
@@ -757,17 +773,17 @@ def test_sheets_with_photographs_and_prompts_are_made_by_one_command_and_trained
     data, source = photographed
     base = klein_folder() if family == "klein" else kontext_folder()
     out = tmp_path / "sheets"
-    command = ["sheets", data, "--model", base, "--out", out, "--panel", 32, "--background", "1,1,1", "--workers", 0]
+    command = ["sheets", data, "--model", base, "--out", out, "--panel", 64, "--background", "1,1,1", "--workers", 0]
     command += ["--variants", 1, "--captions", 1, "--photos", source, "--photo-share", 1, "--text"]
     assert main(list(map(str, [*command, "--text-tokens", 24]))) == 0
     sheets = SheetData([out])
     assert (sheets.options["photos"], sheets.options["captions"]) == (1.0, 1)
     channels = 128 if family == "klein" else 64
-    assert all(sheets[i].references.shape[1:] == (channels, 2, 2) for i in range(len(sheets)))
+    assert all(sheets[i].references.shape[1:] == (channels, 4, 4) for i in range(len(sheets)))
     template = template_of(base)
     assert template == default_card("flux2-klein" if family == "klein" else "flux1-kontext").prompt_template
     plain = tmp_path / "plain"
-    cache_sheets([data], base, plain, SheetOptions(32, (1, 1, 1), 1, 1), workers=0)
+    cache_sheets([data], base, plain, SheetOptions(64, (1, 1, 1), 1, 1), workers=0)
     other = SheetData([plain])
     assert "photos" not in other.options
     assert torch.equal(sheets[0].target, other[0].target) and not torch.equal(sheets[0].references, other[0].references)

@@ -183,6 +183,9 @@ class Words:
     def __getitem__(self, rows: slice) -> Words:
         return Words(self.embeds[rows], self.pooled[rows])
 
+    def to(self, dtype: torch.dtype) -> Words:
+        return Words(self.embeds.to(dtype), self.pooled.to(dtype))
+
 
 @dataclass(frozen=True)
 class ThinWords:
@@ -195,6 +198,9 @@ class ThinWords:
 
     def __getitem__(self, rows: slice) -> ThinWords:
         return ThinWords(self.embeds[rows], self.places, self.log_counts[rows])
+
+    def to(self, dtype: torch.dtype) -> ThinWords:
+        return ThinWords(self.embeds.to(dtype), self.places, self.log_counts.to(dtype))
 
 
 def grouped_velocity(
@@ -225,6 +231,8 @@ def velocity_of(
 ) -> Tensor:
     """(B, C, H, W) for noisy (B, C, H, W), level (B,), words as above, references (B, V, C, P, P) or None."""
     family = _flux1_tokens if isinstance(words, Words) else _klein_tokens
+    if not torch.is_autocast_enabled(noisy.device.type):  # words come in bfloat16
+        words = words.to(model.x_embedder.weight.dtype)
     embeds = words if isinstance(words, Tensor) else words.embeds
     tokens, image_ids, text_ids, further = family(model, noisy, words, references, guidance)
     output = model(

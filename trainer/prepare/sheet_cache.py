@@ -43,6 +43,7 @@ from trainer.data import PreparedData, draw_recolouring, symmetric_sample
 from trainer.flux_base import encoded_references, encoder_of, latent_statistics
 from trainer.order import stream_seed
 from triptych.errors import TriptychError
+from triptych.flux.card import field_problem
 from triptych.flux.panels import with_mirror_images
 from triptych.geometry.cameras import VIEW_NAMES
 
@@ -77,6 +78,16 @@ class SheetOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.photos <= 1:
             raise TriptychError(f"--photo-share {self.photos} is a share from 0 to 1: give 0.5 for half of the sheets")
+        if not 0 <= self.lone_photo <= 1:
+            raise TriptychError(f"lone_photo {self.lone_photo} is a share from 0 to 1")
+        for option, field, value in (
+            ("panel", "panel_size", self.panel),
+            ("background", "background", list(self.background)),
+        ):
+            if wanted := field_problem(field, value):
+                raise TriptychError(f"--{option} is {value}, it has to be {wanted}")
+        if self.variants < 1 or self.captions < 1:
+            raise TriptychError(f"--variants {self.variants} and --captions {self.captions} have to be at least 1")
 
     def header(self) -> dict[str, Any]:
         """What a cache is known by; options that came later stand there only when they are used."""
@@ -123,20 +134,37 @@ def main(args: argparse.Namespace) -> int:
         args.panel, (red, green, blue), args.variants, args.captions, photos=share, mirrored=args.mirrored,
     )  # fmt: skip
     workers = _cores() if args.workers is None else args.workers
+    if workers < 0:
+        raise TriptychError(f"--workers must be 0 or more, got {workers}")
     model = _model_folder(args.model)
+    template = _prompt_template(args, model) if args.text else ""
     for sentence in photograph_all(args.data, args.photos, workers) if args.photos else ():
         print(sentence)
     count = cache_sheets(args.data, model, args.out, options, workers=workers, device=args.device)
     print(f"{count} sheets in {args.out}")
     if args.text:
-        from trainer.tasks.flux_views import cache_words, template_of
+        from trainer.tasks.flux_views import cache_words
 
-        template, out = args.template or template_of(model), args.out / "text"
+        out = args.out / "text"
         total, fresh = cache_words(
             [args.out], model, out, template=template, tokens=args.text_tokens, device=args.device
         )
         print(f"{total} prompts in {out}, {fresh} of them new")
     return 0
+
+
+def _prompt_template(args: argparse.Namespace, model: Path) -> str:
+    """Of the prompts to cache, checked before sheets are made for hours."""
+    from trainer.tasks.flux_views import template_of
+
+    template = args.template or template_of(model)
+    for option, field, value in (
+        ("template", "prompt_template", template),
+        ("text-tokens", "max_sequence_length", args.text_tokens),
+    ):
+        if wanted := field_problem(field, value):
+            raise TriptychError(f"--{option} is {value!r}, it has to be {wanted}")
+    return template
 
 
 def _model_folder(source: str) -> Path:

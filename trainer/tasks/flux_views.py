@@ -20,6 +20,7 @@ every prompt that can be drawn are made once (`cache_words`).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +50,7 @@ from trainer.flux_base import (
 from trainer.sheet_data import EMBEDDED_AT_A_TIME, CachedSheet, SheetData, TextCache, cache_text, same_autoencoder
 from trainer.task import Task
 from triptych.errors import TriptychError
-from triptych.flux.card import ViewsCard, default_card, sigmas, write_card
+from triptych.flux.card import ViewsCard, default_card, field_problem, sigmas, write_card
 
 __all__ = ["FluxViewsConfig", "FluxViewsTask", "TransformerSize", "grouped_velocity", "token_ids", "velocity_of"]
 
@@ -64,6 +65,13 @@ class TransformerSize:
     heads: int = 2
     double_blocks: int = 2
     single_blocks: int = 6
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.double_blocks < 0 or self.single_blocks < 0:
+            raise TriptychError(
+                f"size: a transformer of {self.heads} heads, {self.double_blocks} double and {self.single_blocks} "
+                "single blocks cannot be built: set heads to 1 or more, blocks to 0 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,48 @@ class FluxViewsConfig:
     spread_prompts: int = 0
     thin_padding: int = 0
     licence: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            raise TriptychError("task_config.cache names no folder: set it to those of `python -m trainer sheets`")
+        for key, of_card in _OF_CARD.items():
+            value = getattr(self, key)
+            may_be_zero = key in _ZERO_IS_UNSET
+            if (wanted := field_problem(of_card, value)) and not (may_be_zero and value == 0):
+                unset = ", or 0 for none of its own" if may_be_zero else ""
+                raise TriptychError(f"task_config.{key} is {value!r}, it has to be {wanted}{unset}")
+        for key, (low, high) in _RANGES.items():
+            if not low <= getattr(self, key) <= high:
+                wanted = f"at least {low}" if math.isinf(high) else f"{low}-{high}"
+                raise TriptychError(f"task_config.{key} is {getattr(self, key)}, it has to be {wanted}")
+        if not (math.isfinite(self.logit_mean) and math.isfinite(self.logit_std)):
+            raise TriptychError(
+                f"task_config.logit_mean {self.logit_mean} and logit_std {self.logit_std} have to be finite numbers"
+            )
+
+
+_OF_CARD = {  # settings that are exported as fields of the card, and its names of them
+    "prompt_template": "prompt_template",
+    "text_tokens": "max_sequence_length",
+    "shift": "shift",
+    "sample_shift": "shift",
+    "sample_steps": "steps",
+    "sample_guidance": "guidance",
+    "photo_steps": "steps",
+    "photo_guidance": "guidance",
+}
+_ZERO_IS_UNSET = ("sample_shift", "photo_steps", "photo_guidance")
+_RANGES = {
+    "logit_std": (0, math.inf),
+    "drop_text": (0, 1),
+    "drop_references": (0, 1),
+    "words_share": (0, 1),
+    "validation_sheets": (1, math.inf),
+    "generated_sheets": (0, math.inf),
+    "sample_batch": (0, math.inf),
+    "spread_prompts": (0, math.inf),
+    "thin_padding": (0, math.inf),
+}
 
 
 class FluxViewsTask(Task):

@@ -123,7 +123,7 @@ def how_to_ask(card: ViewsCard) -> dict[str, Any]:
 def asked_like(card: ViewsCard, said: Mapping[str, Any], label: str) -> ViewsCard:
     """The card with the fields that ``said`` has, see `how_to_ask`. Raises TriptychError for a value out of range."""
     for name, value in said.items():
-        problem = _problem(name, value) if name in LAYOUT + SAMPLER else "one of " + ", ".join(LAYOUT + SAMPLER)
+        problem = field_problem(name, value) if name in LAYOUT + SAMPLER else "one of " + ", ".join(LAYOUT + SAMPLER)
         if problem:
             raise TriptychError(f"{label}: {name} is {str(value)[:80]!r} in its header, it has to be {problem}")
     changes: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
@@ -205,7 +205,7 @@ def _card(data: dict[str, Any], path: Path) -> ViewsCard:
     if missing:
         raise TriptychError(f"{path} lacks the key {missing[0]!r}: fetch the model again")
     for name, value in data.items():
-        problem = _problem(name, value)
+        problem = field_problem(name, value)
         if problem:
             raise TriptychError(f"{path}: {name} is {str(value)[:80]!r}, it has to be {problem}")
     if (data.get("lora") is None) != (data.get("base") is None):
@@ -217,8 +217,8 @@ def _card(data: dict[str, Any], path: Path) -> ViewsCard:
 _REQUIRED = {"name", "licence", "architecture", "prompt_template", "format_version"}
 
 
-def _problem(name: str, value: Any) -> str | None:
-    """What the value of a field has to be, when it is not."""
+def field_problem(name: str, value: Any) -> str | None:
+    """What the value of a card's field has to be, when it is not; else None. Sequences are lists, as in JSON."""
     right, wanted = {
         "name": (isinstance(value, str) and bool(value), "a name"),
         "licence": (isinstance(value, str) and bool(value), "the licence of the weights"),
