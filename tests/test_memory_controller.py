@@ -1,7 +1,7 @@
 """The memory controller on a simulated device, what blocks keep against counted tensors, and that nothing changes."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.trainer_toy import ToyTask, recipe
+from trainer.__main__ import main
 from trainer.checkpoint import find_checkpoint
 from trainer.loop import train
 from trainer.memory import (
@@ -18,9 +19,11 @@ from trainer.memory import (
     Recomputable,
     memory_controller,
     recomputables,
+    remedies,
     static_bytes,
     transformer_bytes,
 )
+from trainer.recipes import build_recipe
 from triptych.errors import TriptychError
 from triptych.models.slat_flow import SLatFlowModel
 from triptych.models.structure_flow import SparseStructureFlowModel
@@ -302,3 +305,48 @@ def test_results_do_not_depend_on_it(tmp_path, precision) -> None:
     for other in runs[1:]:
         for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
             assert (other.path / file).read_bytes() == (runs[0].path / file).read_bytes()
+
+
+# ---- when it runs out
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_out_of_memory_is_one_sentence_with_a_remedy(tmp_path, monkeypatch, capsys, error) -> None:
+    monkeypatch.setattr(ToyTask, "loss", lambda *_: (_ for _ in ()).throw(error))
+    command = ["train", "tests.trainer_toy:recipe", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory with 8 samples at a time") and said.count("\n") == 1
+    assert "--set accumulation=2, or close what else uses the memory" in said
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ToyTask, "loss", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "tests.trainer_toy:recipe", "--run-dir", str(tmp_path / "run"), "--device", "cpu"])
+
+
+def test_remedies_are_those_that_the_config_leaves_open() -> None:
+    klein = build_recipe("flux2_klein_4b_lora")
+    assert remedies(klein, 1) == [
+        "--set task_config.quantisation=int8",
+        "a new run on sheets of a smaller --panel",
+        "close what else uses the memory",
+    ]
+    assert remedies(replace(klein, accumulation=2), 2)[0] == "--set accumulation=4"
+    assert remedies(build_recipe("flux2_klein_9b_lora"), 1)[0] == "--set task_config.quantisation=nf4"
+    assert remedies(build_recipe("flux2_klein_4b_full"), 1)[0] == "a new run with a LoRA"
+    tiny = remedies(build_recipe("flux_views_tiny"), 1)
+    assert tiny[:2] == ["--set accumulation=2", "--set task_config.gradient_checkpointing=true"]
+
+
+def test_a_command_that_trains_nothing_says_it_too(tmp_path, monkeypatch, capsys) -> None:
+    def fails(args) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("trainer.prepare.sheet_cache.main", fails)
+    assert main(["sheets", str(tmp_path), "--model", "x", "--out", "y", "--device", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert "close what else uses the memory, or --device cpu, or fewer --workers" in said and said.count("\n") == 1

@@ -31,12 +31,26 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission: the operating system says it best
         place = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{place}: nothing that was saved is lost", file=sys.stderr)
-    except MemoryError:
-        print("error: out of memory; use a smaller batch_size (with --set) or more accumulation", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        from trainer.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {_without_memory(args)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted; what was saved before is intact", file=sys.stderr)
         return 130
     return 1
+
+
+def _without_memory(args: argparse.Namespace) -> str:
+    """For commands other than training, which knows more (trainer.memory.explained)."""
+    remedies = ["close what else uses the memory"]
+    if getattr(args, "device", "cpu") != "cpu":
+        remedies.append("--device cpu")
+    if getattr(args, "workers", 0) != 0:
+        remedies.append("fewer --workers")
+    return f"out of memory, what was saved before is intact: {', or '.join(remedies)}"
 
 
 def _train(args: argparse.Namespace) -> None:

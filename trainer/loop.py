@@ -34,7 +34,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig, build_task, config_hash, config_to_dict
 from trainer.logs import RunLog
-from trainer.memory import memory_controller
+from trainer.memory import explained, memory_controller
 from trainer.names import nearest
 from trainer.optim import (
     Ema,
@@ -122,14 +122,15 @@ def train(config: TrainConfig, run_dir: Path, *, recipe: str = "", device: str =
     """Trains a run from its newest complete checkpoint, or from the start, to the end of its config.
 
     Returns the sentence that says how it ended: finished, stopped early, or interrupted (Ctrl-C, SIGTERM) and saved.
-    Raises TriptychError when the folder belongs to another run, the processes cannot share a batch, nothing can be
-    saved, or the loss stays non-finite.
+    Raises TriptychError when the folder belongs to another run, the processes cannot share a batch, memory runs out,
+    nothing can be saved, or the loss stays non-finite.
     """
     accelerator = make_accelerator(device)
     check_shares(config, accelerator.num_processes)
     if accelerator.is_main_process:
         claim_run_dir(run_dir, config, recipe)
-    with run_lock(run_dir, enabled=accelerator.is_main_process):
+    exclusive = run_lock(run_dir, enabled=accelerator.is_main_process)
+    with exclusive, explained(config, accelerator.num_processes):
         if accelerator.is_main_process:
             remove_unfinished(run_dir / "checkpoints")
         accelerator.wait_for_everyone()

@@ -7,6 +7,8 @@ CUDA nothing is measured: a is the analytic estimate below and the device is as 
 
 Numbers do not depend on it: a recomputed block computes the same again. So nothing of it is saved.
 
+Where memory does run out, `explained` says what the run's config leaves to be done about it.
+
 Not covered: fragmentation (leave some room: memory_target 0.75 to 0.9), and a first pass that already fails with every
 block recomputed.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.tasks import find_task
 from triptych.errors import TriptychError
 from triptych.models.blocks import MultiHeadRMSNorm, SelfAttention
 
@@ -243,3 +246,38 @@ def block_bytes(block: nn.Module, width: int) -> float:
     # An input and an output of each layer with a matrix; the norm before it and the nonlinearity after keep as much.
     matrices = [p for n, p in block.named_parameters() if p.ndim >= 2 and "emb_layers" not in n]  # those are by sample
     return float(width * sum(2 * (p.shape[0] + p.shape[-1]) for p in matrices))
+
+
+# ---- when it runs out
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def explained(config: TrainConfig, processes: int) -> Iterator[None]:
+    """Running out of memory inside the block becomes a TriptychError with the remedies that are left to the run."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = config.batch_size // (processes * config.accumulation)
+        raise TriptychError(
+            f"out of memory with {size} sample{'s' * (size > 1)} at a time, what was saved before is intact: "
+            + ", or ".join(remedies(config, processes))
+        ) from error
+
+
+def remedies(config: TrainConfig, processes: int) -> list[str]:
+    """What a run without memory can still do: the cheapest first, always something."""
+    found = []
+    parts = range(config.accumulation + 1, config.batch_size + 1)
+    if finer := next((n for n in parts if config.batch_size % (processes * n) == 0), None):
+        found.append(f"--set accumulation={finer}")
+    if config.max_cost:
+        found.append(f"a max_cost below {config.max_cost}")
+    of_task = getattr(find_task(config.task), "memory_remedies", None)
+    return [*found, *(of_task(config.task_config) if of_task else ()), "close what else uses the memory"]

@@ -437,6 +437,23 @@ class FluxViewsTask(Task):
             attribution=attribution_of(self.data.said),
         )
 
+    @staticmethod
+    def memory_remedies(config: FluxViewsConfig) -> list[str]:
+        """What a run without memory can change, the cheapest first."""
+        found = []
+        if not config.gradient_checkpointing:
+            found.append("--set task_config.gradient_checkpointing=true")
+        if config.sample_batch != 1:
+            found.append("--set task_config.sample_batch=1 for validation and pictures")
+        if config.base and not config.text:
+            found.append("prompts of `sheets --text` in task_config.text")
+        if config.base and not config.lora.rank:
+            found.append("a new run with a LoRA")
+        elif config.base and config.quantisation != "nf4":
+            fewer = "int8" if config.quantisation == "none" else "nf4"
+            found.append(f"--set task_config.quantisation={fewer}")
+        return [*found, "a new run on sheets of a smaller --panel"]
+
     def memory_plan(self, cards_gib: Sequence[int] | None, batch: int) -> str:
         """For `trainer plan`; neither data nor weights are read."""
         from trainer.flux_plan import plan_text
