@@ -17,27 +17,35 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from trainer.parallel import say
 from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG, Camera, rig_cameras
 from triptych.geometry.voxels import turn_volume
 from triptych.models.lifting import PosedViews
 
 DRAWN = "drawn"  # the folder
+LENT_OBJECTS = 2  # training objects that a data set without held-out ones is validated on
 
 
 class PreparedData:
-    """One split of a prepared folder. Items are ``dict(albedo, normal, sdf)`` of numpy arrays, see prepare/build.py."""
+    """One split of a prepared folder. Items are ``dict(albedo, normal, sdf)`` of numpy arrays, see prepare/build.py.
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
+    objects: at most so many. Raises TriptychError for what is no prepared folder, and, when ``needed``, for a split
+    without objects.
+    """
+
+    def __init__(
+        self, folder: str | Path, split: str = "train", *, objects: int | None = None, needed: bool = True
+    ) -> None:
         self.folder = Path(folder)
         path = self.folder / "index.json"
         if not path.is_file():
             raise TriptychError(f"{path} is missing: run `python -m trainer prepare SOURCE --out {folder}` first")
         index = json.loads(path.read_text(encoding="utf-8"))
         self.options: dict = index["options"]
-        self.records = [r for r in index["records"] if r["status"] == "ok" and r["split"] == split]
+        self.records = [r for r in index["records"] if r["status"] == "ok" and r["split"] == split][:objects]
         self.rows = [(r["shard"], row, r) for r in self.records for row in r["rows"]]
-        if not self.rows:
+        if needed and not self.rows:
             raise TriptychError(f"{folder} has no objects in the split {split!r}: prepare more objects")
 
     def __len__(self) -> int:
@@ -52,6 +60,24 @@ class PreparedData:
         """The solid alone: (R, R, R) int8."""
         shard, row, _ = self.rows[index]
         return _open(str(self.folder / "shards" / f"{shard}.safetensors")).get_slice("sdf")[row]
+
+
+def held_out_data(folders: Sequence[str | Path]) -> list[PreparedData]:
+    """The validation splits of those prepared folders that have one; in a small data set, where none has, a few of the
+    training objects of the first, which are trained on all the same: that is said."""
+    found = [part for folder in folders if len(part := PreparedData(folder, "validation", needed=False))]
+    if found:
+        return found
+    lent = PreparedData(folders[0], "train", objects=LENT_OBJECTS)
+    say(lent_sentence(folders, len(lent.records)))
+    return [lent]
+
+
+def lent_sentence(folders: Sequence[str | Path], count: int) -> str:
+    return (
+        f"{', '.join(map(str, folders))} has no validation objects for this: {count} of the training objects are "
+        "validated on, which says nothing about others; prepare more objects to hold some out"
+    )
 
 
 class JoinedData:

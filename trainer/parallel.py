@@ -7,6 +7,8 @@ communication with the backward pass, and it does not shard parameters.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -29,6 +31,12 @@ def make_accelerator(device: str = "auto") -> Accelerator:
         # The others wait while the main process validates and saves.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
     )
+
+
+def say(sentence: str) -> None:
+    """Tells the user something once, whatever the number of processes; on stderr, for stdout may be read as JSON."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from trainer.data import LENT_OBJECTS, lent_sentence
+from trainer.parallel import say
 from trainer.prepare.shards import _write, remove_leftovers, write_json
 from trainer.prepare.sheet_cache import INDEX, _vae_hash
 from triptych.errors import TriptychError
@@ -47,13 +49,15 @@ class CachedSheet:
 
 class SheetData:
     """One split of several caches, one after the other; ``keep`` leaves out samples of which it says no. Raises
-    TriptychError for what is no finished cache."""
+    TriptychError for what is no finished cache, and, when ``needed``, where no sheet is left."""
 
     def __init__(
         self,
         folders: Sequence[str | Path],
         split: str = "train",
         keep: Callable[[dict[str, Any]], bool] | None = None,
+        *,
+        needed: bool = True,
     ) -> None:
         self.indices = [_index(Path(folder)) for folder in folders]
         for key in ("vae", "options"):
@@ -72,7 +76,7 @@ class SheetData:
                     rows = [row for row, said in enumerate(samples) if keep is None or keep(said)]
                     self.said += [samples[row] for row in rows]
                     self._places += [(str(Path(folder) / f"{shard}.safetensors"), row) for row in rows]
-        if not self._places:
+        if needed and not self._places:
             raise TriptychError(
                 f"{', '.join(map(str, folders))} hold no sheets of the split {split!r}: cache some more"
             )
@@ -87,6 +91,30 @@ class SheetData:
         target = handle.get_slice("target")[row].float()
         references = handle.get_slice("references")[begin : int(ends[row])].float()
         return CachedSheet(target, references, self.said[index])
+
+    def first_objects(self, count: int) -> None:
+        """Leaves one sheet each of the first ``count`` objects, one that shows the front alone where there is any."""
+        order = sorted(range(len(self)), key=lambda place: self.said[place]["given"] != ["front"])
+        of_object: dict[str, int] = {}
+        for place in order:
+            of_object.setdefault(self.said[place]["key"], place)
+        kept = list(of_object.values())[:count]
+        self.said, self._places = [self.said[i] for i in kept], [self._places[i] for i in kept]
+
+
+def held_out_sheets(
+    folders: Sequence[str | Path],
+    keep: Callable[[dict[str, Any]], bool] | None = None,
+    report: Callable[[str], None] = say,
+) -> SheetData:
+    """The validation sheets of caches; where there are none, as of a small data set, a few of the training sheets,
+    which are trained on all the same: that is reported."""
+    found = SheetData(folders, "validation", keep, needed=False)
+    if not len(found):
+        found = SheetData(folders, "train", keep)
+        found.first_objects(LENT_OBJECTS)
+        report(lent_sentence(folders, len(found)))
+    return found
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from trainer.captions import caption, colour_words
 from trainer.data import PreparedData, draw_recolouring, symmetric_sample
 from trainer.flux_base import encoded_references, encoder_of, latent_statistics
 from trainer.order import stream_seed
+from trainer.parallel import say
 from triptych.errors import TriptychError
 from triptych.flux.card import field_problem
 from triptych.flux.panels import with_mirror_images
@@ -199,6 +200,11 @@ def cache_sheets(
         remove_leftovers(out)
         _check_same(out / INDEX, header)
         jobs = _jobs(data, options)
+        if all(name.startswith("train_") for name, _ in jobs):
+            say(
+                f"{', '.join(map(str, data))} has no validation objects, so that training will be validated on some of "
+                "its own: prepare more objects to hold some out"
+            )
         todo = [job for job in jobs if not _is_done(out, job[0], len(job[1]))]
         build = partial(_build_shard, model=model, out=out, options=options, device=device)
         with tqdm(total=sum(len(places) for _, places in todo), unit="sheet", desc="sheets", smoothing=0.1) as bar:
@@ -236,7 +242,7 @@ def _jobs(data: Sequence[Path], options: SheetOptions) -> list[tuple[str, list[P
     jobs = []
     for number, folder in enumerate(data):
         for split in ("train", "validation"):
-            rows = len(PreparedData(folder, split))
+            rows = len(PreparedData(folder, split, needed=split == "train"))  # a small folder may hold none out
             for variant in range(options.variants if split == "train" else 1):
                 places = [Place(str(folder), split, row, variant) for row in range(rows)]
                 for start in range(0, rows, SAMPLES_PER_SHARD):

@@ -45,7 +45,7 @@ from trainer.captions import (
     vocabulary,
     words_of,
 )
-from trainer.data import PreparedData
+from trainer.data import PreparedData, held_out_data
 from trainer.export import without_places
 from triptych.errors import TriptychError
 
@@ -293,8 +293,7 @@ class FluxTextTask:
     def setup(self, device: torch.device) -> None:
         self.device = device
         self.held_out: list[tuple[dict[str, Any], PreparedData, int]] = []
-        for folder in self.config.data:
-            part = PreparedData(folder, "validation")
+        for part in held_out_data(self.config.data):
             first = {id(record): row for row, (_, _, record) in reversed(list(enumerate(part.rows)))}
             self.held_out += [(record, part, first[id(record)]) for record in part.records]
         self.held_out = self.held_out[: self.config.validation_objects]

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.data import JoinedData, draw_recolouring, relight, symmetric_sample
+from trainer.data import JoinedData, PreparedData, draw_recolouring, held_out_data, relight, symmetric_sample
 from trainer.linear_codec import principal_components, set_linear_encoder
 from trainer.prepare.sheets import PLAIN, canonical_shade, grid, on_background, recoloured
 from trainer.task import Task
@@ -118,7 +118,7 @@ class FluxVaeTask(Task):
     def setup(self, device: torch.device) -> None:
         self.device = device
         self._open()
-        self.held_out = JoinedData(self.config.data[:1], "validation")
+        self.held_out = held_out_data(self.config.data[:1])[0]
 
     def _open(self) -> None:
         self.data = JoinedData(self.config.data, "train")
@@ -175,7 +175,7 @@ class FluxVaeTask(Task):
         latents = model.encode(batch * 2 - 1).latent_dist.mode()
         return (model.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    def _sheets(self, data: JoinedData, count: int, batch: int = 8) -> list[Tensor]:
+    def _sheets(self, data: JoinedData | PreparedData, count: int, batch: int = 8) -> list[Tensor]:
         """Batches of whole sheets (B, 3, 2S, 2S) under the fixed light, spread over the data."""
         places = np.linspace(0, len(data) - 1, min(count, len(data))).astype(int)
         items = (data[int(place)] for place in places)

@@ -47,7 +47,16 @@ from trainer.flux_base import (
     write_lora,
     write_whole,
 )
-from trainer.sheet_data import EMBEDDED_AT_A_TIME, CachedSheet, SheetData, TextCache, cache_text, same_autoencoder
+from trainer.parallel import say
+from trainer.sheet_data import (
+    EMBEDDED_AT_A_TIME,
+    CachedSheet,
+    SheetData,
+    TextCache,
+    cache_text,
+    held_out_sheets,
+    same_autoencoder,
+)
 from trainer.task import Task
 from triptych.errors import TriptychError
 from triptych.flux.card import ViewsCard, default_card, field_problem, sigmas, write_card
@@ -219,12 +228,17 @@ class FluxViewsTask(Task):
         self.device = device
         facing = (lambda said: said["faces_front"]) if self.words_only else None
         self.data = SheetData(config.cache, "train", facing)
-        self.held_out = SheetData(config.cache[:1], "validation", facing)
+        self.held_out = held_out_sheets(config.cache[:1], facing)
         folder = Path(config.parts) if config.parts or not self.base else self.base.folder
         self.parts = FrozenParts(folder, device, self.architecture)
         if self.base:
             same_autoencoder(self.data, folder)
         self.text = TextCache(Path(config.text), self.architecture, config.text_tokens) if config.text else None
+        if config.generated_sheets and not self.words_only and not self._lone_fronts:
+            say(
+                f"no held-out sheet of {config.cache[0]} can be given the front view alone: validation has the loss, "
+                "without psnr and iou, and pictures have no row of one view; cache sheets of more objects for them"
+            )
 
     def size(self) -> int:
         return len(self.data)
@@ -312,22 +326,35 @@ class FluxViewsTask(Task):
             stop = min(start + size, self.config.validation_sheets, len(self.held_out))
             drawn = [self._drawn(self.held_out[i], np.random.default_rng(i)) for i in range(start, stop)]
             losses.append(float(self.loss(model, self._moved(self.collate(drawn)), 0)[0].detach()))
-        if self.words_only:  # nothing is given that a sheet could be compared with
+        pair = self._from_one_view(model, self.config.generated_sheets)
+        if pair is None:
             return {"loss": float(np.mean(losses))}
-        true, made = self._from_one_view(model, self.config.generated_sheets)
+        true, made = pair
         psnr, overlap = compared(made, true, self.data.options["background"])
         return {"loss": float(np.mean(losses)), "psnr": psnr, "iou": overlap}
 
     def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {key: value.to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    def _from_one_view(self, model: Any, count: int) -> tuple[Tensor, Tensor]:
-        """True and generated sheets (N, 3, H, W) of held-out objects whose one reference is the front view."""
-        places = [i for i, said in enumerate(self.held_out.said) if said["given"] == ["front"]][:count]
-        cached = [self.held_out[i] for i in places]
-        prompts = [self.config.prompt_template.format(text=c.said["captions"][0], given="front") for c in cached]
-        references = torch.stack([c.references for c in cached])
-        made = self.generate(model, prompts, references, self.config.photo_guidance or self.config.sample_guidance)
+    @cached_property
+    def _lone_fronts(self) -> list[tuple[int, str]]:
+        """Held-out sheets that are made from the front view alone, and their prompts."""
+        found = [(place, self._lone_prompt(self.held_out.said[place])) for place in lone_fronts(self.held_out.said)]
+        return [(place, prompt) for place, prompt in found if self.text is None or prompt in self.text.places]
+
+    def _lone_prompt(self, said: dict[str, Any]) -> str:
+        return self.config.prompt_template.format(text=said["captions"][0], given="front")
+
+    def _from_one_view(self, model: Any, count: int) -> tuple[Tensor, Tensor] | None:
+        """True and generated sheets (N, 3, H, W) of held-out objects from the front view alone. None where no sheet
+        can be compared: for a network that is given nothing, and where no front view is held out."""
+        chosen = [] if self.words_only else self._lone_fronts[:count]
+        if not chosen:
+            return None
+        cached = [self.held_out[place] for place, _ in chosen]
+        fronts = [c.references[: len(c.references) // len(c.said["given"])] for c in cached]  # and its mirror image
+        guidance = self.config.photo_guidance or self.config.sample_guidance
+        made = self.generate(model, [prompt for _, prompt in chosen], torch.stack(fronts), guidance)
         return self._decoded(torch.stack([c.target for c in cached])), made
 
     def _decoded(self, latents: Tensor) -> Tensor:
@@ -378,7 +405,7 @@ class FluxViewsTask(Task):
         """Truth above what one view gives, and below both what words alone give."""
         prompts = picture_prompts(self.config)
         with for_a_while(self.parts, borrowed=self.base is not None):
-            parts = [] if self.words_only else [*self._from_one_view(model, min(8, self.config.generated_sheets))]
+            parts = list(self._from_one_view(model, min(8, self.config.generated_sheets)) or ())
             prompts = prompts[: len(parts[0])] if parts else prompts
             parts.append(self.generate(model, prompts, None, self.config.sample_guidance))
         rows = [torch.cat(list(part), dim=-1) for part in parts]
@@ -507,14 +534,24 @@ def picture_prompts(config: FluxViewsConfig) -> list[str]:
     return [config.prompt_template.format(text=text, given="nothing") for text in PICTURE_PROMPTS]
 
 
+def lone_fronts(said: Sequence[dict[str, Any]]) -> list[int]:
+    """Places of the sheets whose one reference is the front view; where there are none, as in a small data set, of
+    those that have it first among others and can be cut down to it (FLUX.1's, encoded side by side, but for a seam)."""
+    alone = [place for place, one in enumerate(said) if one["given"] == ["front"]]
+    return alone or [place for place, one in enumerate(said) if one["given"][:1] == ["front"]]
+
+
 def drawn_prompts(config: FluxViewsConfig) -> list[str]:
     """Every prompt that a run of this config can ask for, the empty one first."""
     found = {prompt: None for prompt in ("", *picture_prompts(config))}
     for split in ("train", "validation"):
-        for said in SheetData(config.cache, split).said:
+        for said in SheetData(config.cache, split, needed=split == "train").said:
             givens = (", ".join(said["given"]), *(["nothing"] if said["faces_front"] else []))
             for text in ("", *said["captions"]):
                 found |= {config.prompt_template.format(text=text, given=given): None for given in givens}
+    held_out = held_out_sheets(config.cache[:1], report=lambda sentence: None).said
+    for place in lone_fronts(held_out):
+        found[config.prompt_template.format(text=held_out[place]["captions"][0], given="front")] = None
     return list(found)
 
 
