@@ -207,6 +207,11 @@ def open_session(config: TrainConfig, run_dir: Path, accelerator: Accelerator) -
     if checkpoint := next(complete_checkpoints(run.checkpoints, report), None):
         _load(run, checkpoint)
         report(f"resuming {run_dir} at step {checkpoint.step} of {config.steps}")
+        if checkpoint.state.get("data_sha256") not in (None, _data_sha256(task)):
+            report(
+                f"the training data is not what it was up to step {checkpoint.step}, so that this run is not what it "
+                "would have been without the interruption: put the old data back to have that, or go on"
+            )
     return run
 
 
@@ -323,6 +328,11 @@ def _task_and_model(config: TrainConfig, device: torch.device) -> tuple[Task, to
     return task, model
 
 
+def _data_sha256(task: Any) -> str | None:
+    """Of the task's training data, where it says."""
+    return task.data_sha256() if hasattr(task, "data_sha256") else None
+
+
 def _start_from(model: torch.nn.Module, path: Path, report: Callable[[str], None]) -> None:
     source = load_weights(path)
     target = {name: p.detach() for name, p in model.named_parameters()} | persistent_buffers(model)
@@ -351,6 +361,7 @@ def _save(run: Session, clock: Clock) -> TriptychError | None:
     moments, updates = optimizer_state(run.model, run.optimizer)
     state = dataclasses.asdict(progress) | clock.version
     state |= {"config_sha256": config_hash(run.config), "device": describe_device(run.accelerator)}
+    state |= {"data_sha256": _data_sha256(run.task)}
     try:
         save_checkpoint(
             run.checkpoints,

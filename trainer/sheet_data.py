@@ -13,6 +13,7 @@ A further run adds what is missing; a run that was stopped loses the file under 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -80,6 +81,10 @@ class SheetData:
             raise TriptychError(
                 f"{', '.join(map(str, folders))} hold no sheets of the split {split!r}: cache some more"
             )
+
+    def sha256(self) -> str:
+        """Of the caches' indices: another one where the sheets are of other objects, options or autoencoders."""
+        return hashlib.sha256(json.dumps(self.indices, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)

@@ -10,8 +10,10 @@ equal an uninterrupted one. ``loss`` may use torch's global generator (dropout):
 from the number of the first sample in the batch, so it is exact on resume, but it depends on how a batch is divided
 over processes. Draw noise and time steps in ``sample`` and this last dependence disappears.
 
-Two methods are looked for beside those of the protocol: ``cost(index) -> int`` for balanced batches (trainer.balance),
-and the static ``memory_remedies(config) -> list[str]``, what a run that is out of memory can change.
+Three methods are looked for beside those of the protocol: ``cost(index) -> int`` for balanced batches
+(trainer.balance); the static ``memory_remedies(config) -> list[str]``, what a run that is out of memory can change; and
+``data_sha256() -> str`` of what the training samples are, which checkpoints note, so that a run that goes on with
+others says so.
 
 With ``workers > 0``, ``sample`` and ``collate`` run in other processes: keep them on the CPU, and keep the task
 picklable for platforms that do not fork.

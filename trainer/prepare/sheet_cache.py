@@ -14,7 +14,7 @@ One shard is ``NAME.safetensors`` and ``NAME.json`` in ``CACHE``:
 
 and in the JSON a list of samples: ``key``, ``split``, ``captions``, ``given`` (names of the views that are
 references), ``faces_front`` (whether "front" is the front that the source meant: a sheet made from words alone has to
-be one of these).
+be one of these), ``made_of`` (see `Place`: a sheet of anything else is made again).
 Views larger than the panel are averaged down; smaller ones are an error, not enlarged.
 
 With --photos, references of a share of the variants are photographs (prepare/photos.py) instead of relit rig views;
@@ -98,12 +98,14 @@ class SheetOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """One sample to make: prepared folder, split, row among the split's, variant."""
+    """One sample to make: prepared folder, split, row among the split's, variant. made_of: the object's key, its shard
+    and row, the hashes of its file and geometry, its views' size, its name and category, as JSON values."""
 
     folder: str
     split: str
     row: int
     variant: int
+    made_of: tuple[Any, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,13 +207,21 @@ def cache_sheets(
                 f"{', '.join(map(str, data))} has no validation objects, so that training will be validated on some of "
                 "its own: prepare more objects to hold some out"
             )
-        todo = [job for job in jobs if not _is_done(out, job[0], len(job[1]))]
+        todo = [job for job in jobs if not _is_done(out, *job)]
+        if stale := sum((out / f"{name}.json").is_file() for name, _ in todo):
+            say(
+                f"{stale} shards of {out} are not of the objects that {', '.join(map(str, data))} has now, damaged, or "
+                "of an earlier version that noted no objects: they are made again"
+            )
+            write_json(out / INDEX, header)  # unfinished: a run shall not read half of the old ones
         build = partial(_build_shard, model=model, out=out, options=options, device=device)
         with tqdm(total=sum(len(places) for _, places in todo), unit="sheet", desc="sheets", smoothing=0.1) as bar:
             for made in over_shards(build, todo, workers):
                 bar.update(made)
         total = sum(len(places) for _, places in jobs)
-        write_json(out / INDEX, header | {"shards": [name for name, _ in jobs], "samples": total})
+        made_of = hashlib.sha256(json.dumps([[place.made_of for place in places] for _, places in jobs]).encode())
+        facts = {"shards": [name for name, _ in jobs], "samples": total, "made_of_sha256": made_of.hexdigest()}
+        write_json(out / INDEX, header | facts)
     return total
 
 
@@ -242,21 +252,29 @@ def _jobs(data: Sequence[Path], options: SheetOptions) -> list[tuple[str, list[P
     jobs = []
     for number, folder in enumerate(data):
         for split in ("train", "validation"):
-            rows = len(PreparedData(folder, split, needed=split == "train"))  # a small folder may hold none out
+            prepared = PreparedData(folder, split, needed=split == "train")  # a small folder may hold none out
+            made_of = _made_of(prepared)
             for variant in range(options.variants if split == "train" else 1):
-                places = [Place(str(folder), split, row, variant) for row in range(rows)]
-                for start in range(0, rows, SAMPLES_PER_SHARD):
+                places = [Place(str(folder), split, row, variant, facts) for row, facts in enumerate(made_of)]
+                for start in range(0, len(places), SAMPLES_PER_SHARD):
                     name = f"{split}_{number}_{variant}_{start // SAMPLES_PER_SHARD:04d}"
                     jobs.append((name, places[start : start + SAMPLES_PER_SHARD]))
     return jobs
 
 
-def _is_done(out: Path, name: str, count: int) -> bool:
+def _made_of(prepared: PreparedData) -> list[tuple[Any, ...]]:
+    size = prepared.options["view_size"]
+    facts = ("file_sha256", "geometry_hash", "name", "category")
+    return [(r["key"], shard, row, size, *(r.get(fact) for fact in facts)) for shard, row, r in prepared.rows]
+
+
+def _is_done(out: Path, name: str, places: list[Place]) -> bool:
     try:
         samples = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return len(samples) == count and _is_whole(out / f"{name}.safetensors")
+    same = [one.get("made_of") for one in samples] == [list(place.made_of) for place in places]
+    return same and _is_whole(out / f"{name}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -343,8 +361,8 @@ def _build_shard(job: tuple[str, list[Place]], model: Path, out: Path, options: 
             drawn.append(draw_sheet(data[place.row], record, yaw, place.variant, options, seed, shots))
         targets.append(encode(torch.stack([one.sheet for one in drawn])))
         references.append(encoded_references(encode, [one.references for one in drawn], _is_flux1(model)))
-        for one in drawn:
-            said.append(one.said)
+        for place, one in zip(places[start : start + 8], drawn, strict=True):
+            said.append(one.said | {"made_of": place.made_of})
             ends.append((ends[-1] if ends else 0) + len(one.references))
     arrays = {"target": torch.cat(targets), "references": torch.cat(references), "ends": torch.tensor(ends)}
     _write(out / f"{name}.safetensors", lambda temporary: save_file(arrays, str(temporary)))

@@ -243,6 +243,9 @@ class FluxViewsTask(Task):
     def size(self) -> int:
         return len(self.data)
 
+    def data_sha256(self) -> str:
+        return self.data.sha256()
+
     def sample(self, index: int, seed: int) -> dict[str, Any]:
         generator = np.random.default_rng(seed)
         if self.config.words_share and generator.random() < self.config.words_share:
