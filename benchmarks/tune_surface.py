@@ -23,8 +23,8 @@ from triptych.errors import TriptychError
 from triptych.geometry.cameras import VIEW_AZIMUTHS_DEG
 from triptych.geometry.isosurface import isosurface
 from triptych.geometry.metrics import compare_meshes
-from triptych.geometry.voxels import hull_field
 from triptych.images.views import ViewSet
+from triptych.pipelines.outlines import covered, outlines_of
 from triptych.pipelines.reconstruct import Settings, structure_from_views, surface_from_field
 
 SMOOTHINGS, LEVELS = (0.0, 0.5, 0.8, 1.2), (0.0, -0.4, -0.7, -1.0, -1.3, -1.6)
@@ -53,10 +53,11 @@ def main() -> None:
         views = ViewSet.from_rig_renders(rgba, VIEW_AZIMUTHS_DEG[: args.views])
         truth = isosurface(item["sdf"].astype(np.float32) / -127)
         field = structure_from_views(views, bundle, settings)
-        allowed = hull_field(views.masks, views.cameras, len(field))
+        outlines = outlines_of(views.masks, views.cameras, len(field))
+        allowed = outlines.allowed
         hulls.append(compare_meshes(isosurface(allowed), truth, samples=10_000).chamfer)
         for smoothing, level in scores:
-            smooth = np.minimum(ndimage.gaussian_filter(field, smoothing) - level, allowed)
+            smooth = np.minimum(covered(ndimage.gaussian_filter(field, smoothing) - level, outlines), allowed)
             try:
                 mesh = surface_from_field(smooth.astype(np.float32))
                 scores[smoothing, level].append(compare_meshes(mesh, truth, samples=10_000).chamfer)

@@ -82,8 +82,9 @@ class Reconstruct(io.ComfyNode):
                 io.Boolean.Input(
                     "keep_silhouettes",
                     default=True,
-                    tooltip="Cut away what reaches beyond the outline of a view. Turn it off when the views do not "
-                    "agree with each other.",
+                    tooltip="Keep to the outlines of the given views: what reaches beyond one is cut away, and where "
+                    "one shows something and nothing is, it is filled. Turn it off when the views do not agree with "
+                    "each other.",
                     **ADVANCED,
                 ),
                 # Optional: workflows saved before these inputs existed stay valid.

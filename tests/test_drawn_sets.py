@@ -160,6 +160,7 @@ def test_further_folders_bring_their_own_drawn_sets(data, boxes_and_balls, tmp_p
     """A folder without sets gives true views alone; which folder comes first makes no difference."""
     bare = tmp_path / "bare"
     shutil.copytree(boxes_and_balls, bare)
+    (bare / "drawn").mkdir()  # as an interrupted command leaves it
     for first, second in ((data, bare), (bare, data)):
         config = StructureFlowConfig(
             data=str(first), extra_data=(str(second),), image_size=64, drawn_share=1.0, drawn_whole=1.0, drop_drawn=0.0

@@ -752,6 +752,7 @@ def test_the_base_of_a_lora_may_lie_among_the_models_and_is_not_fetched_then(tmp
     folder = lora_folder(tmp_path / "lora", base="someone/some-klein")
     for i, place in enumerate(("some-klein", "someone/some-klein", "some-klein/flux")):
         roots = [tmp_path / "empty", tmp_path / f"models{i}"]
+        (roots[0] / "some-klein").mkdir(parents=True, exist_ok=True)  # another kind of model of that name
         copied(klein_folder("mini"), roots[1] / place)
         assert load_flux_views(folder, models=roots).card.name == "a lora"
     for wanted, given in (("some-klein", [tmp_path / "empty"]), ("some-klein@main", roots), ("other-klein", roots)):

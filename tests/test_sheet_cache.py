@@ -49,14 +49,20 @@ def test_sheets_of_objects_that_changed_are_made_again(data, tmp_path, capsys, c
     assert said == fresh
 
 
-def test_sheets_of_earlier_versions_train_and_are_made_again_by_the_command(data, tmp_path):
+def test_sheets_of_earlier_versions_train_and_are_kept_where_their_objects_are_the_same(data, tmp_path):
+    """They tell the objects' keys and names alone."""
     cache = _cache(data, tmp_path / "sheets")
-    whole = (cache / "train_0_0_0000.json").read_text()
+    file = cache / "train_0_0_0000.json"
+    whole = file.read_text()
     said = [{key: value for key, value in one.items() if key != "made_of"} for one in json.loads(whole)]
-    (cache / "train_0_0_0000.json").write_text(json.dumps(said))
+    file.write_text(json.dumps(said))
     assert len(SheetData([cache])) == 3
+    before = _times(cache)
+    assert _times(_cache(data, cache)) == before and json.loads(file.read_text()) == said
+    said[1]["key"] = "another"
+    file.write_text(json.dumps(said))
     _cache(data, cache)
-    assert (cache / "train_0_0_0000.json").read_text() == whole
+    assert file.read_text() == whole
 
 
 def test_a_cache_that_is_half_made_again_is_not_trained_on(data, tmp_path, monkeypatch):

@@ -46,7 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _without_memory(args: argparse.Namespace) -> str:
     """For commands other than training, which knows more (trainer.memory.explained)."""
     remedies = ["close what else uses the memory"]
-    if getattr(args, "device", "cpu") != "cpu":
+    import torch
+
+    device = getattr(args, "device", "cpu")
+    is_elsewhere = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if device not in ("cpu", "auto") or (device == "auto" and is_elsewhere):
         remedies.append("--device cpu")
     if getattr(args, "workers", 0) != 0:
         remedies.append("fewer --workers")

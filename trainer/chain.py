@@ -7,6 +7,7 @@ own, so that whatever a chain does can be done by hand. What is done is noted in
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -22,8 +23,9 @@ from typing import Any
 from trainer.checkpoint import complete_checkpoints, write_text_atomically
 from trainer.config import apply_overrides
 from trainer.names import nearest
+from trainer.order import check_shares
 from trainer.recipes import build_recipe
-from trainer.runs import read_run
+from trainer.runs import CONFIG_NAME, read_run
 from triptych.errors import TriptychError
 
 FILE = "chain.json"
@@ -98,7 +100,7 @@ class _State:
     """What chain.json holds."""
 
     recipe: str
-    settings: list[str]
+    settings: dict[str, str]
     done: list[str] = field(default_factory=list)
 
 
@@ -109,76 +111,123 @@ def is_chain(folder: Path) -> bool:
 def run_chain(recipe: str, folder: Path, settings: list[str], *, processes: int = 1, device: str = "auto") -> str:
     """Runs what is left of a chain. Returns the sentence that says how it ended.
 
-    settings: ``data=FOLDER,...`` and ``STAGE.key=value``, as for the stage's own recipe or command. processes: of each
-    training stage, on this machine. Raises TriptychError for unknown stages and keys before anything runs, for a folder
-    that holds something else, and when a stage fails.
+    settings: ``data=FOLDER,...`` and ``STAGE.key=value``, as for the stage's own recipe or command; those of stages
+    that have not begun may change. processes: of each training stage, on this machine. Raises TriptychError for unknown
+    stages, keys and values, and for data that is not prepared, before anything runs; for a folder that holds something
+    else; and when a stage fails.
     """
     chain = CHAINS[recipe]
     if processes < 1:
         raise TriptychError(f"--processes must be at least 1, got {processes}")
     if "RANK" in os.environ:
         raise TriptychError(f"{recipe} starts its own processes: run it without a launcher, with --processes N")
-    _check_names(chain, settings)
-    commands = {stage.name: _command(stage, folder, settings, device) for stage in chain.stages}
-    state = _claimed(folder, _State(recipe, settings))
+    chosen = _checked_names(chain, settings)
+    commands = {stage.name: _command(stage, folder, chosen, processes, device) for stage in chain.stages}
+    state = _claimed(chain, folder, _State(recipe, chosen))
+    if any(stage.reads_data and stage.name not in state.done for stage in chain.stages):
+        _check_data(chosen)
     for number, stage in enumerate(chain.stages, start=1):
         if stage.name in state.done:
             continue
         print(f"{recipe} {number}/{len(chain.stages)}, {stage.name}: {_told(stage, commands[stage.name])}", flush=True)
         if stage.out:
             shutil.rmtree(folder / stage.out, ignore_errors=True)
-        stopped = _gather(stage, folder) if stage.gathers else _run(commands[stage.name], stage, processes)
-        if not stopped and stage.run:
-            stopped = not _is_trained(folder / stage.run)
-        if stopped:
-            return f"{recipe} was interrupted in {stage.name} and saved: python -m trainer resume {folder}"
-        state.done.append(stage.name)
-        _write(folder, state)
+        stopped, whole = (_gather if stage.gathers else _run)(stage, folder, commands[stage.name], processes)
+        if whole and (not stage.run or _is_trained(folder / stage.run)):
+            state.done.append(stage.name)
+            _write(folder, state)
+        if stopped or stage.name not in state.done:
+            again = ["python", "-m", "trainer", "resume", str(folder)]
+            again += ["--processes", str(processes)] if processes > 1 else []
+            again += ["--device", device] if device != "auto" else []
+            return f"{recipe} was interrupted in {stage.name} and saved: {shlex.join(again)}"
     return f"finished: {folder / chain.result} is the model: {chain.use.format(folder)}"
 
 
 def resume_chain(folder: Path, settings: list[str], *, processes: int = 1, device: str = "auto") -> str:
-    """Goes on with the settings that the chain was begun with."""
-    if settings:
-        raise TriptychError(
-            f"{folder} is a chain of runs, --set {settings[0]} does not reach them: resume the run itself with it, "
-            f"as in `python -m trainer resume {folder}/NAME --set ...`"
-        )
+    """Goes on with the settings that the chain was begun with; ``settings`` change those of stages that wait."""
     state = _read(folder)
-    return run_chain(state.recipe, folder, state.settings, processes=processes, device=device)
+    _checked_names(CHAINS[state.recipe], settings)
+    both = [*(f"{key}={value}" for key, value in state.settings.items()), *settings]
+    return run_chain(state.recipe, folder, both, processes=processes, device=device)
 
 
-def _command(stage: Stage, folder: Path, settings: Iterable[str], device: str) -> list[str]:
+def _command(stage: Stage, folder: Path, settings: dict[str, str], processes: int, device: str) -> list[str]:
+    """What to give ``python -m trainer``, checked now: a wrong value shall not be told after hours of other stages."""
     words = [word.replace("{}", str(folder)) for word in stage.arguments]
-    own = [setting.partition(".")[2] for setting in settings if setting.startswith(f"{stage.name}.")]
-    data = next((setting.partition("=")[2] for setting in settings if setting.startswith("data=")), "data")
-    if stage.recipe:
-        more = [f"task_config.data={data}"] if stage.reads_data else []
-        # Now, so that a wrong key is told before an hour of the stages before it.
-        try:
-            apply_overrides(build_recipe(stage.recipe), [*words[3::2], *more, *own])
-        except TriptychError as error:
-            raise TriptychError(f"stage {stage.name}: {error}") from error
-        words += [word for setting in (*more, *own) for word in ("--set", setting)]
-        return [*words, "--run-dir", str(folder / stage.run), "--device", device]
-    for setting in own:
-        key, equals, value = setting.partition("=")
-        if not equals or key not in stage.options:
-            raise TriptychError(f"--set {stage.name}.{setting}: unknown key {key!r}, {nearest(key, stage.options)}")
-        words += [f"--{key}", value]
-    if stage.reads_data:
-        words[1:1] = data.split(",")
+    own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{stage.name}.")}
+    try:
+        if stage.recipe:
+            return _training_command(stage, folder, words, own, settings, processes, device)
+        for key, value in own.items():
+            if key not in stage.options:
+                raise TriptychError(f"--set {stage.name}.{key}: unknown key {key!r}, {nearest(key, stage.options)}")
+            words += [f"--{key}", value]
+        if stage.reads_data:
+            words[1:1] = _data_of(settings)
+        if words[:1] == ["sheets"]:
+            _check_sheets(words[1:])
+    except TriptychError as error:
+        raise TriptychError(f"stage {stage.name}: {error}") from error
     return [*words, "--device", device] if words[:1] == ["export"] else words
 
 
-def _check_names(chain: Chain, settings: Iterable[str]) -> None:
+def _training_command(
+    stage: Stage,
+    folder: Path,
+    words: list[str],
+    own: dict[str, str],
+    settings: dict[str, str],
+    processes: int,
+    device: str,
+) -> list[str]:
+    run = folder / stage.run
+    if (run / CONFIG_NAME).is_file():  # its config is its own since: `resume --set` may have changed it
+        check_shares(read_run(run)[0], processes)
+        return ["resume", str(run), "--device", device]
+    own = ({"task_config.data": ",".join(_data_of(settings))} if stage.reads_data else {}) | own
+    pairs = [f"{key}={value}" for key, value in own.items()]
+    check_shares(apply_overrides(build_recipe(stage.recipe), [*words[3::2], *pairs]), processes)
+    words += [word for pair in pairs for word in ("--set", pair)]
+    return [*words, "--run-dir", str(run), "--device", device]
+
+
+def _check_sheets(words: list[str]) -> None:
+    from trainer.prepare.sheet_cache import add_arguments, options_of
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    try:
+        options_of(parser.parse_args(words))
+    except argparse.ArgumentError as error:
+        raise TriptychError(str(error)) from error
+
+
+def _data_of(settings: dict[str, str]) -> list[str]:
+    return [folder.strip() for folder in settings.get("data", "data").split(",")]
+
+
+def _check_data(settings: dict[str, str]) -> None:
+    for name in _data_of(settings):
+        if not (Path(name) / "index.json").is_file():
+            raise TriptychError(
+                f"{name} is not a prepared folder: run `python -m trainer prepare SOURCE --out {name} --view-size 128`"
+                ", or name another with --set data=FOLDER"
+            )
+
+
+def _checked_names(chain: Chain, settings: Iterable[str]) -> dict[str, str]:
+    """The settings by key; the last of equal keys counts."""
     names = ("data", *(stage.name for stage in chain.stages if stage.recipe or stage.options))
+    found: dict[str, str] = {}
     for setting in settings:
-        key, equals, _ = setting.partition("=")
-        name, dot, _ = key.partition(".")
+        key, equals, value = setting.partition("=")
+        name, dot, _ = key.strip().partition(".")
         if not equals or name not in names or (name == "data") == bool(dot):
             stages = ", ".join(f"{name}.KEY" for name in names[1:])
             raise TriptychError(f"--set {setting}: a chain takes data=FOLDER and the keys of its stages ({stages})")
+        found[key.strip()] = value.strip()
+    return found
 
 
 def _told(stage: Stage, command: list[str]) -> str:
@@ -187,40 +236,54 @@ def _told(stage: Stage, command: list[str]) -> str:
     return shlex.join(["python", "-m", "trainer", *command])
 
 
-def _gather(stage: Stage, folder: Path) -> bool:
+def _gather(stage: Stage, folder: Path, command: list[str], processes: int) -> tuple[bool, bool]:
     for source in stage.gathers:
         shutil.copytree(folder / source, folder / stage.out, dirs_exist_ok=True)
-    return False
+    return False, True
 
 
-def _run(command: list[str], stage: Stage, processes: int) -> bool:
-    """Whether Ctrl-C or SIGTERM ended it; it has saved what it had."""
+def _run(stage: Stage, folder: Path, command: list[str], processes: int) -> tuple[bool, bool]:
+    """Whether a signal asked to stop, and whether the command came to its end. Raises TriptychError when it failed."""
     launcher = [sys.executable]
     if stage.recipe and processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    child = subprocess.Popen([*launcher, "-m", "trainer", *command])
     received: list[int] = []
+    children: list[subprocess.Popen] = []
 
     def receive(number: int, frame: Any) -> None:
-        # Ctrl-C in a terminal reaches the child by itself, a signal sent to this process does not.
         received.append(number)
-        if number == signal.SIGTERM:
-            child.send_signal(number)
+        for child in children:
+            _pass_on(child, number)
 
     before = _handle(receive)
     try:
-        code = child.wait()
+        # In a session of its own, so that Ctrl-C in a terminal comes once, from here. Windows has no sessions: there
+        # it comes from the terminal.
+        children.append(subprocess.Popen([*launcher, "-m", "trainer", *command], start_new_session=os.name != "nt"))
+        for number in received:
+            _pass_on(children[0], number)
+        code = children[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code and not received:
+    # A launcher of several processes that was told to stop ends with 1, whatever they did.
+    told_to_stop = bool(received) and (code < 0 or code == 130 or processes > 1)
+    if code and not told_to_stop:
         raise TriptychError(f"the stage {stage.name} ended with the exit code {code}: see what it said above")
-    return bool(received)
+    return bool(received), code == 0
+
+
+def _pass_on(child: subprocess.Popen, number: int) -> None:
+    if os.name != "nt":
+        child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    elif number != signal.SIGINT:
+        child.terminate()
 
 
 def _handle(receive: Callable[[int, Any], None]) -> dict[int, Any]:
+    wanted = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     try:
-        return {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return {number: signal.signal(number, receive) for number in wanted}
     except ValueError:  # not the main thread: signals go elsewhere
         return {}
 
@@ -233,13 +296,23 @@ def _is_trained(run: Path) -> bool:
     return newest is not None and (newest.step >= config.steps or 0 < config.early_stop_patience <= stale)
 
 
-def _claimed(folder: Path, wanted: _State) -> _State:
-    """The chain that the folder holds, begun now if there is none."""
+def _claimed(chain: Chain, folder: Path, wanted: _State) -> _State:
+    """The chain that the folder holds, begun now if there is none, with the wanted settings."""
     if is_chain(folder):
         found = _read(folder)
-        if (found.recipe, found.settings) != (wanted.recipe, wanted.settings):
-            began = " ".join(["train", found.recipe, *(f"--set {setting}" for setting in found.settings)])
-            raise TriptychError(f"{folder} holds a chain that was begun by `{began}`: choose another --run-dir")
+        if found.recipe != wanted.recipe:
+            raise TriptychError(f"{folder} holds a chain of {found.recipe}: choose another --run-dir")
+        for stage in chain.stages:
+            begun = stage.name in found.done or bool(stage.run and (folder / stage.run / CONFIG_NAME).is_file())
+            changed = [key for key in found.settings | wanted.settings if _concerns(key, stage, found, wanted)]
+            if begun and changed:
+                itself = f"change the run itself (`resume {folder / stage.run} --set ...`)" if stage.run else ""
+                raise TriptychError(
+                    f"{folder} was begun with another {changed[0]} ({found.settings.get(changed[0], 'the default')}), "
+                    f"and its stage {stage.name} has used it: {itself}{' or ' * bool(itself)}choose another --run-dir"
+                )
+        found.settings = wanted.settings
+        _write(folder, found)
         return found
     if folder.exists() and any(folder.iterdir()):
         raise TriptychError(f"{folder} is not empty and is not a chain: choose another --run-dir")
@@ -248,13 +321,20 @@ def _claimed(folder: Path, wanted: _State) -> _State:
     return wanted
 
 
+def _concerns(key: str, stage: Stage, found: _State, wanted: _State) -> bool:
+    """Whether a setting differs and is one of the stage's."""
+    if found.settings.get(key) == wanted.settings.get(key):
+        return False
+    return stage.reads_data if key == "data" else key.startswith(f"{stage.name}.")
+
+
 def _read(folder: Path) -> _State:
     path = folder / FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT or document["recipe"] not in CHAINS:
             raise TriptychError(f"{path}: not a chain of format {FORMAT} that this trainer knows")
-        return _State(document["recipe"], list(document["settings"]), list(document["done"]))
+        return _State(document["recipe"], dict(document["settings"]), list(document["done"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TriptychError(f"{path}: not readable ({error})") from error
 

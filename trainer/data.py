@@ -119,8 +119,12 @@ class JoinedData:
 
 def drawn_sets(parts: Sequence[PreparedData]) -> dict[int, DrawnSets]:
     """By their number, the sets of those folders for which a views model drew any. TriptychError when none has."""
-    found = {number: DrawnSets(part) for number, part in enumerate(parts) if (part.folder / DRAWN).is_dir()}
+    found = {number: DrawnSets(part) for number, part in enumerate(parts) if _has_drawn(part)}
     return found or {0: DrawnSets(parts[0])}  # which says what to do
+
+
+def _has_drawn(part: PreparedData) -> bool:
+    return any((part.folder / DRAWN).glob("shard_*.safetensors"))
 
 
 class DrawnSets:

@@ -253,7 +253,9 @@ def block_bytes(block: nn.Module, width: int) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the machine has no memory left."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return any(sign in str(error) for sign in ("DefaultCPUAllocator", "MPS backend out of memory"))
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def draw_sets(
     folder = find_model(model).folder
     out = data / DRAWN
     out.mkdir(exist_ok=True)
-    header = {"format": FORMAT, "model": _identity(folder), "dtype": dtype}
+    header = {"format": FORMAT, "model": _identity(folder)} | ({"dtype": dtype} if dtype else {})
     with _alone(out):
         remove_leftovers(out)
         jobs = _jobs(data, sets)
@@ -172,7 +172,7 @@ def _rows(data: Path, changed: int) -> tuple[PreparedData, dict[tuple[str, int],
 
 def _build_shard(job: Job, data: Path, model: str, header: dict[str, Any], device: str) -> int:
     name, places = job
-    loaded = _model(model, device, header["dtype"])
+    loaded = _model(model, device, header.get("dtype", ""))
     train, index = _rows(data, (data / "index.json").stat().st_mtime_ns)
     rows: list[int] = []
     made: list[DrawnSet] = []

@@ -39,7 +39,7 @@ from triptych.pipelines.reconstruct import networks, settled_field
 from .shards import _is_whole, _write, write_json
 
 FOLDER = "predicted"
-FORMAT = 1
+FORMAT = 2
 _RIG = rig_cameras(VIEW_AZIMUTHS_DEG)
 
 
@@ -155,7 +155,7 @@ def fields_of(
 
 
 def _settled(field: np.ndarray, bundle: Bundle, masks: torch.Tensor, cameras: list[Camera]) -> np.ndarray:
-    """Cut by the silhouettes, but for objects so thin that the prepared pictures' outlines share no voxel."""
+    """Brought to keep the outlines, but for objects so thin that the prepared pictures' outlines share no voxel."""
     try:
         return settled_field(field, bundle, masks, cameras)
     except TriptychError:

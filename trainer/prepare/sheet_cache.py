@@ -125,20 +125,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="of the autoencoder; with cuda use --workers 0")
 
 
-def main(args: argparse.Namespace) -> int:
+def options_of(args: argparse.Namespace) -> SheetOptions:
+    """Raises TriptychError for a value out of range."""
     try:
         red, green, blue = (float(part) for part in args.background.split(","))
     except ValueError:
         raise TriptychError(
             f"--background {args.background!r}: three numbers from 0 to 1 with commas, such as 1,1,1"
         ) from None
+    if args.workers is not None and args.workers < 0:
+        raise TriptychError(f"--workers must be 0 or more, got {args.workers}")
     share = args.photo_share if args.photos else 0.0
-    options = SheetOptions(
-        args.panel, (red, green, blue), args.variants, args.captions, photos=share, mirrored=args.mirrored,
-    )  # fmt: skip
+    background = (red, green, blue)
+    return SheetOptions(args.panel, background, args.variants, args.captions, photos=share, mirrored=args.mirrored)
+
+
+def main(args: argparse.Namespace) -> int:
+    options = options_of(args)
     workers = _cores() if args.workers is None else args.workers
-    if workers < 0:
-        raise TriptychError(f"--workers must be 0 or more, got {workers}")
     model = _model_folder(args.model)
     template = _prompt_template(args, model) if args.text else ""
     for sentence in photograph_all(args.data, args.photos, workers) if args.photos else ():
@@ -210,8 +214,8 @@ def cache_sheets(
         todo = [job for job in jobs if not _is_done(out, *job)]
         if stale := sum((out / f"{name}.json").is_file() for name, _ in todo):
             say(
-                f"{stale} shards of {out} are not of the objects that {', '.join(map(str, data))} has now, damaged, or "
-                "of an earlier version that noted no objects: they are made again"
+                f"{stale} shards of {out} are not of the objects that {', '.join(map(str, data))} has now, or damaged: "
+                "they are made again"
             )
             write_json(out / INDEX, header)  # unfinished: a run shall not read half of the old ones
         build = partial(_build_shard, model=model, out=out, options=options, device=device)
@@ -273,8 +277,16 @@ def _is_done(out: Path, name: str, places: list[Place]) -> bool:
         samples = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    same = [one.get("made_of") for one in samples] == [list(place.made_of) for place in places]
-    return same and _is_whole(out / f"{name}.safetensors")
+    if len(samples) != len(places) or not _is_whole(out / f"{name}.safetensors"):
+        return False
+    return all(_is_of(one, list(place.made_of)) for one, place in zip(samples, places, strict=True))
+
+
+def _is_of(said: dict[str, Any], made_of: list[Any]) -> bool:
+    """Whether a cached sample is of these facts; one of an earlier version tells only the object's key and names."""
+    if "made_of" in said:
+        return said["made_of"] == made_of
+    return [said.get("key"), said.get("name"), said.get("category")] == [made_of[0], *made_of[-2:]]
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ def find_model(
     Raises TriptychError when nothing is found, or what is found fails its card's hashes.
     """
     name = str(source)
-    for place in (Path(source).expanduser(), *([near / name] if near else []), *_local_copies(name, models)):
+    named = [Path(source).expanduser(), *([near / name] if near else [])]
+    for place in (*named, *_local_copies(name, models)):
         for folder in (place, place / "flux"):
             if (folder / CARD).is_file() or (folder / MODEL_INDEX).is_file():
                 return _checked(folder, str(folder), cancel)
-        if place.is_dir():
+        if place in named and place.is_dir():
             raise TriptychError(f"{place} is no Flux model: it has neither {CARD} nor {MODEL_INDEX}; choose another")
     if name == EMBEDDED:
         if not (EMBEDDED_FOLDER / CARD).is_file():
