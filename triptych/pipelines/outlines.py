@@ -22,8 +22,9 @@ from ..geometry.voxels import silhouette_fields
 _DEEPEST = 2.0  # voxels: half of the depth that is filled at most; wider ones are for the network to know
 _DEEPEST_GUESS = 1.0  # the same where no second direction bounds the depth: a sign is as wide as a box, and thin
 _MISSING = 0.25  # voxels that the field has to lack
+_CORE = 1.0  # voxels inside of the outline that nothing is behind: what is missing along a rim alone is no limb
 _LEAST = 0.3  # voxels inside of the outline: closer to its edge a ray may miss what the pixel shows
-_INFORMED = -1.2  # voxels from a surface: below, fields of the network are flat and know no best place
+_INFORMED = -0.4  # voxels from a surface: below, fields of the network are flat and know no best place
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _covered(field: np.ndarray, inside: np.ndarray, allowed: np.ndarray, axis: i
     possible = allowed >= np.expand_dims(wanted, axis) - 1e-3
     candidates = np.where(possible, field, -np.inf)
     best, place = candidates.max(axis=axis), candidates.argmax(axis=axis)
-    missing = (wanted > _LEAST) & (np.minimum(field, allowed).max(axis=axis) < wanted - _MISSING)
+    met = np.minimum(field, allowed).max(axis=axis)
+    missing = _with_a_core((wanted > _LEAST) & (met <= 0), inside > _CORE)
     knows = (inside > 0) & (best > _INFORMED)
     if not missing.any() or not knows.any():
         return field
@@ -87,6 +89,12 @@ def _covered(field: np.ndarray, inside: np.ndarray, allowed: np.ndarray, axis: i
     depths = np.arange(field.shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
     sheet = np.expand_dims(wanted, axis) - np.abs(depths - np.expand_dims(place, axis))
     return np.where(np.expand_dims(missing, axis), np.maximum(field, sheet), field).astype(np.float32)
+
+
+def _with_a_core(region: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """The connected parts of a region that hold a pixel of the core."""
+    parts, _ = ndimage.label(region, np.ones((3, 3), dtype=bool))
+    return region & np.isin(parts, np.unique(parts[core & region]))
 
 
 def _middle(values: np.ndarray, among: np.ndarray) -> np.ndarray:

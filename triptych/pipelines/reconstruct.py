@@ -288,6 +288,7 @@ def latents_of(
             steps=settings.slat_steps or 1,
             guidance=settings.slat_guidance or 0.0,
             rescale_t=_number(bundle, "slat_rescale_t", 3.0),
+            draws=int(_number(bundle, "slat_draws", 1)),
             step=step,
             cancel=cancel,
         )
