@@ -310,6 +310,7 @@ class SlatFlowTask:
         sampling = {"active_band": self.config.active_band, "slat_steps": 1, "slat_rescale_t": 3.0}
         # Of 0, .25, .4, .5, .6, .75 and 1 the best from one view, and near the best from four, on validation objects.
         sampling["slat_trust"] = 0.75
+        sampling["slat_draws"] = 2
         provenance = provenance | {"slat_vae": self.vae.manifest.provenance}
         write_components(folder, components, provenance, sampling=sampling)
         write_model_card(folder, provenance, self.data.records)

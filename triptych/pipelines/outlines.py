@@ -3,7 +3,7 @@ inside.
 
 The first is a cut (`Outlines.allowed`). The second needs a guess, because an outline does not tell the depth: where a
 ray of a view meets nothing, the place that the network holds likeliest is filled, as deep as the outline is wide there,
-so that a limb which the average of several poses has lost or thinned comes back round (`covered`).
+so that a limb which the average of several poses has lost comes back round (`covered`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..geometry.voxels import silhouette_fields
 
 _DEEPEST = 2.0  # voxels: half of the depth that is filled at most; wider ones are for the network to know
 _DEEPEST_GUESS = 1.0  # the same where no second direction bounds the depth: a sign is as wide as a box, and thin
-_MISSING = 0.25  # voxels that the field has to lack
 _CORE = 1.0  # voxels inside of the outline that nothing is behind: what is missing along a rim alone is no limb
 _LEAST = 0.3  # voxels inside of the outline: closer to its edge a ray may miss what the pixel shows
 _INFORMED = -0.4  # voxels from a surface: below, fields of the network are flat and know no best place
@@ -61,9 +60,9 @@ def _axis(camera: Camera) -> int | None:
 def covered(field: np.ndarray, outlines: Outlines) -> np.ndarray:
     """The field (R, R, R), voxels, positive inside, with something behind every point of every outline.
 
-    A ray that meets nothing, or less than the outlines ask for, is filled around the place where the field is highest
-    among those that the other outlines allow, the middle one of its neighbours' places; where the field is flat, at the
-    depth of the nearest ray that knows one. Views that do not look along an axis of the volume ask for nothing.
+    A ray that meets nothing is filled around the place where the field is highest among those that the other outlines
+    allow, the middle one of its neighbours' places; where the field is flat, at the depth of the nearest ray that knows
+    one. Slivers along an outline's rim, and views that do not look along an axis of the volume, ask for nothing.
     """
     allowed = outlines.allowed
     deepest = _DEEPEST if {0, 2} <= set(outlines.axes) else _DEEPEST_GUESS
