@@ -231,7 +231,7 @@ def velocity_of(
 ) -> Tensor:
     """(B, C, H, W) for noisy (B, C, H, W), level (B,), words as above, references (B, V, C, P, P) or None."""
     family = _flux1_tokens if isinstance(words, Words) else _klein_tokens
-    if not torch.is_autocast_enabled(noisy.device.type):  # words come in bfloat16
+    if noisy.device.type == "meta" or not torch.is_autocast_enabled(noisy.device.type):  # words come in bfloat16
         words = words.to(model.x_embedder.weight.dtype)
     embeds = words if isinstance(words, Tensor) else words.embeds
     tokens, image_ids, text_ids, further = family(model, noisy, words, references, guidance)
