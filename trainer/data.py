@@ -99,22 +99,22 @@ class JoinedData:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _locate(self, index: int) -> tuple[PreparedData, int]:
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[place], index - int(self._ends[place]) + len(self.parts[place])
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + len(self.parts[number])
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        part, own = self._locate(index)
-        return part[own]
+        number, own = self._locate(index)
+        return self.parts[number][own]
 
     def place(self, index: int) -> tuple[int, str, int]:
         """Number of the folder, shard and row."""
-        part, own = self._locate(index)
-        return self.parts.index(part), *part.rows[own][:2]
+        number, own = self._locate(index)
+        return number, *self.parts[number].rows[own][:2]
 
     def field(self, index: int) -> np.ndarray:
-        part, own = self._locate(index)
-        return part.field(own)
+        number, own = self._locate(index)
+        return self.parts[number].field(own)
 
 
 def drawn_sets(parts: Sequence[PreparedData]) -> dict[int, DrawnSets]:

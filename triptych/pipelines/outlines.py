@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Outlines:
     distances: np.ndarray
     axes: tuple[int | None, ...]
 
-    @property
+    @cached_property
     def allowed(self) -> np.ndarray:
         """What all outlines leave: (R, R, R) float32, voxels, positive inside."""
         return self.distances.min(axis=0)
