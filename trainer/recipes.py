@@ -29,7 +29,7 @@ RECIPES: dict[str, str] = {
 }
 _LARGE = ("structure_flow_large", "slat_flow_large", "large_multiview_lora")
 RECIPES |= {name: f"trainer.recipes_large:{name}" for name in _LARGE}
-_FLUX_TINY = ("flux_vae_tiny", "flux_text_tiny", "flux_views_tiny")
+_FLUX_TINY = ("flux_vae_tiny", "flux_text_tiny", "proportions_tiny", "flux_views_tiny")
 _FLUX = ("flux2_klein_4b_lora", "flux2_klein_4b_full", "flux2_klein_9b_lora", "flux1_kontext_lora")
 RECIPES |= {name: f"trainer.recipes_flux:{name}" for name in (*_FLUX_TINY, *_FLUX)}
 CHAIN_NAMES = ("flux_tiny",)  # recipes of several runs, see trainer/chain.py

@@ -14,6 +14,7 @@ TASKS: dict[str, str] = {
     "slat_flow": "trainer.tasks.slat_flow:SlatFlowTask",
     "flux_vae": "trainer.tasks.flux_vae:FluxVaeTask",
     "flux_text": "trainer.tasks.flux_text:FluxTextTask",
+    "proportions": "trainer.tasks.proportions:ProportionsTask",
     "flux_views": "trainer.tasks.flux_views:FluxViewsTask",
 }
 
