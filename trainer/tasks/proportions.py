@@ -1,7 +1,7 @@
 """Task: the network that tells an object's depth from one picture of it, see triptych/models/proportions.py.
 
 Every prepared view is a picture, under a random light and as a photograph is framed; the width of the view beside it is
-the answer. Views that are empty, edges seen from the side, are left out.
+the answer. What has an empty view beside it is as thin as a pixel; empty views themselves are left out.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class ProportionsConfig:
 
 def log_depths(alpha: np.ndarray) -> np.ndarray:
     """(4, S, S) uint8 of the rig's views -> (4,): the logarithm of each view's depth by its largest visible extent.
-    Depth is the width of the view beside it. NaN where either view is empty."""
-    sides = np.full((4, 2), np.nan)
+    Depth is the width of the view beside it, one pixel where that is empty. NaN for views that are empty themselves."""
+    sides = np.zeros((4, 2))
     for i, view in enumerate(alpha):
         if (view > 127).any():
             left, top, right, bottom = alpha_box(view.astype(np.float32) / 255)
             sides[i] = right - left, bottom - top
-    return np.clip(np.log(np.roll(sides[:, 0], -1) / sides.max(axis=1)), -MOST, MOST).astype(np.float32)
+    depths = np.roll(sides[:, 0], -1).clip(1) / sides.max(axis=1).clip(1)
+    return np.where(sides[:, 0] > 0, np.clip(np.log(depths), -MOST, MOST), np.nan).astype(np.float32)
 
 
 def halved(albedo: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -82,11 +83,11 @@ class ProportionsTask(Task):
         return self._pictures(sample, generator)
 
     def _pictures(self, sample: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, Tensor]:
-        """Four pictures and their answers; a view without one is another's copy."""
+        """Four pictures and their answers; another's copy instead of an empty view."""
         depths = log_depths(sample["albedo"][..., 3])
         known = np.flatnonzero(~np.isnan(depths))
         if not len(known):
-            raise TriptychError("an object has no view with another beside it: prepare the data again")
+            raise TriptychError("an object has no views: prepare the data again")
         chosen = [int(i) for i in np.resize(known, 4)]
         lit = relight(*halved(sample["albedo"], sample["normal"]), generator, chosen)
         framed = [references(view[None], generator, lean=self.config.lean) for view in lit]
