@@ -23,12 +23,13 @@ from triptych.flux.backend import load_flux_views  # noqa: E402
 
 SMALL = ("steps=2", "batch_size=2", "warmup_steps=1", "tensorboard=false", "validate_every=0", "pictures_every=0")
 SETTINGS = (
-    *(f"{stage}.{setting}" for stage in ("vae", "text", "views") for setting in SMALL),
+    *(f"{stage}.{setting}" for stage in ("vae", "text", "proportions", "views") for setting in SMALL),
     *(
         f"vae.task_config.{s}"
         for s in ("channels=12,48,72,72", "crop=32", "validation_objects=2", "component_sheets=8")
     ),
     *(f"text.task_config.{s}" for s in ("vocabulary_size=400", "intermediate_size=32", "attention_heads=1")),
+    "proportions.task_config.width=8",
     *(f"sheets.{s}" for s in ("panel=64", "variants=1", "captions=1", "workers=0")),
     *(f"views.task_config.size.{s}" for s in ("heads=1", "double_blocks=1", "single_blocks=1")),
     *(f"views.task_config.{s}" for s in ("text_tokens=24", "sample_steps=1", "spread_prompts=0")),
@@ -48,17 +49,18 @@ def test_one_command_makes_a_views_model_and_says_its_parts(boxes_and_balls, tmp
     assert main([*words, *settings]) == 0
     said = capfd.readouterr().out
     for number, stage in enumerate(FLUX_TINY.stages, start=1):
-        assert f"flux_tiny {number}/8, {stage.name}: " in said
+        assert f"flux_tiny {number}/10, {stage.name}: " in said
     assert f"python -m trainer sheets {boxes_and_balls} --model {tmp_path / 'chain' / 'parts'}" in said
     assert said.splitlines()[-1].endswith(f"--views-model {tmp_path / 'chain' / 'flux'} -o chair.obj")
     model = load_flux_views(tmp_path / "chain" / "flux")
     assert model.card.panel_size == 64 and model.card.mirrored and "red" in model.card.vocabulary
     assert model.sheet("a red box. given: .", seed=0).shape == (3, 128, 128)
+    assert model.proportions.width == 8 and not model.proportions.training
 
     # Again: nothing is left to do. Resumed: the same. Of other settings: refused.
     assert main([*words, *settings]) == 0 and main(["resume", str(tmp_path / "chain")]) == 0
     said = capfd.readouterr().out
-    assert said.count("finished: ") == 2 and "flux_tiny 1/8" not in said
+    assert said.count("finished: ") == 2 and "flux_tiny 1/10" not in said
     assert main([*words, *settings, "--set", "views.lr=1"]) == 1
     told = capfd.readouterr().err
     assert (
@@ -69,7 +71,10 @@ def test_one_command_makes_a_views_model_and_says_its_parts(boxes_and_balls, tmp
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ("lr=1", "a chain takes data=FOLDER and the keys of its stages (vae.KEY, text.KEY, sheets.KEY, views.KEY)"),
+        (
+            "lr=1",
+            "a chain takes data=FOLDER and the keys of its stages (vae.KEY, text.KEY, proportions.KEY, sheets.KEY",
+        ),
         ("data.x=1", "a chain takes data=FOLDER"),
         ("parts.x=1", "a chain takes data=FOLDER"),
         ("views.stpes=1", "stage views: --set stpes: unknown key, did you mean 'steps'"),

@@ -58,7 +58,7 @@ def means(model: FluxViews, objects: Sequence[TrueObject]) -> dict[str, dict[str
         panels = generated_panels(model, PROTOCOL, item, seed=0)
         slowest = max(slowest, time.process_time() - start)
         photo, truth = resize_premultiplied(item.photo, SIZE, SIZE), named(item.truth)
-        drawn = fitted(photo, {name: resized(panel, SIZE) for name, panel in panels.items()})
+        drawn = fitted(photo, {name: resized(panel, SIZE) for name, panel in panels.items()}, model.proportions)
         for method, views in (("model", drawn), ("copy", copied(photo))):
             scores[method] += [view_scores(views[name], truth[name]) for name in COMPARED]
     found = {name: {key: float(np.mean([s[key] for s in rows])) for key in rows[0]} for name, rows in scores.items()}

@@ -73,7 +73,9 @@ FLUX_TINY = Chain(
         _exporting("vae-export", "vae", "vae-parts"),
         _training("text", "flux_text_tiny", reads_data=True),
         _exporting("text-export", "text", "text-parts"),
-        Stage("parts", gathers=("vae-parts", "text-parts"), out="parts"),
+        _training("proportions", "proportions_tiny", reads_data=True),
+        _exporting("proportions-export", "proportions", "proportions-parts"),
+        Stage("parts", gathers=("vae-parts", "text-parts", "proportions-parts"), out="parts"),
         Stage(
             "sheets",
             ("sheets", "--model", "{}/parts", "--out", "{}/sheets", "--mirrored", "--variants", "8"),
@@ -232,7 +234,7 @@ def _checked_names(chain: Chain, settings: Iterable[str]) -> dict[str, str]:
 
 def _told(stage: Stage, command: list[str]) -> str:
     if stage.gathers:
-        return f"copies {' and '.join(stage.gathers)} to {stage.out}"
+        return f"copies {', '.join(stage.gathers)} to {stage.out}"
     return shlex.join(["python", "-m", "trainer", *command])
 
 

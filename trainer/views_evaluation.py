@@ -40,6 +40,7 @@ from triptych.render.sheets import contact_sheet
 
 if TYPE_CHECKING:
     from triptych.flux.backend import FluxViews
+    from triptych.models.proportions import Proportions
 
 OBJECTS_PER_PAGE = 8
 
@@ -164,7 +165,9 @@ def score_object(
     photo = resize_premultiplied(item.photo, size, size)
     methods: dict[str, Panels] = {
         "model": {name: resized(panel, size) for name, panel in panels.items()},
-        "model, fitted": fitted(photo, {name: resized(panel, size) for name, panel in panels.items()}),
+        "model, fitted": fitted(
+            photo, {name: resized(panel, size) for name, panel in panels.items()}, model.proportions
+        ),
         "photo copied": copied(photo),
         "photo copied, size unknown": copied(resized(framed_photo(item, model.card.panel_size), size)),
         "front copied": copied(truth["front"]),
@@ -211,20 +214,28 @@ def resized(panel: np.ndarray, size: int) -> np.ndarray:
     return panel if panel.shape[0] == size else resize_premultiplied(np.ascontiguousarray(panel), size, size)
 
 
-def fitted(photo: np.ndarray, panels: Panels) -> Panels:
+def fitted(photo: np.ndarray, panels: Panels, proportions: Proportions | None = None) -> Panels:
     """The compared panels as the pipeline leaves them where the front is given, at the photograph's true size."""
-    from triptych.pipelines.drawn_views import in_known_colours, in_mirrored_outline, sheet_frame
+    from triptych.pipelines.drawn_views import expected_widths, in_known_colours, in_mirrored_outline, sheet_frame
 
     moved, known = in_known_colours(panels, {"front": photo}), {"front": photo}
     told = sheet_frame(moved, known)
-    views = {name: _placed(moved[name], photo, told) for name in COMPARED}
+    widths = expected_widths(known, proportions)
+    views = {name: _placed(moved[name], photo, told, widths.get(name)) for name in COMPARED}
     return views | {"back": in_mirrored_outline(views["back"], photo)}
 
 
-def _placed(panel: np.ndarray, photo: np.ndarray, told: tuple[float, float] | None) -> np.ndarray:
-    """A panel (S, S, 4) at the photograph's scale, by what the sheet tells, else at its height; empty ones stay."""
+def _placed(
+    panel: np.ndarray, photo: np.ndarray, told: tuple[float, float] | None, width: float | None = None
+) -> np.ndarray:
+    """A panel (S, S, 4) at the photograph's scale, by what the sheet tells, else at its height; empty ones stay.
+    width: that it has to have there, in pixels."""
+    from triptych.pipelines.drawn_views import at_width
+
     if not silhouette(panel).any():
         return panel
+    if told is not None and width is not None:
+        panel = at_width(panel, width / told[0])
     left, top, right, bottom = alpha_box(panel[..., 3])
     _, true_top, _, true_bottom = alpha_box(photo[..., 3])
     scale, middle = told or ((true_bottom - true_top) / (bottom - top), (top + bottom) / 2)

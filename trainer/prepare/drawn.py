@@ -39,6 +39,7 @@ from triptych.flux.prompts import fill_template
 from triptych.geometry.cameras import VIEW_NAMES
 from triptych.images.foreground import alpha_box
 from triptych.images.views import ViewSet, prepare_views
+from triptych.models.proportions import Proportions
 from triptych.pipelines.drawn_views import put_together
 from triptych.pipelines.views import given_references
 
@@ -186,7 +187,7 @@ def _build_shard(job: Job, data: Path, model: str, header: dict[str, Any], devic
             continue
         sheet = loaded.sheet(asked.prompt, asked.references, seed=seed)  # what is wrong here is wrong for all
         try:
-            made.append(finished(asked, cut_sheet(sheet, loaded.card)))
+            made.append(finished(asked, cut_sheet(sheet, loaded.card), loaded.proportions))
             rows.append(row)
         except TriptychError as error:  # nothing was drawn
             skipped.append({"key": key, "row": row, "reason": str(error)})
@@ -248,14 +249,17 @@ def photographed(sample: dict[str, np.ndarray], card: ViewsCard, seed: int) -> A
     return Asked(symmetry, pictures, given, photos, references, fill_template(card, "", given))
 
 
-def finished(asked: Asked, panels: dict[str, np.ndarray]) -> DrawnSet:
+def finished(asked: Asked, panels: dict[str, np.ndarray], proportions: Proportions | None = None) -> DrawnSet:
     """The sets that the pipeline makes of a sheet's panels. Raises TriptychError where the given views, which tell the
     scale, were not drawn."""
     known, size = asked.given[0], asked.photos.size
     if is_empty(panels[known]):
         raise TriptychError(f"the model drew nothing in the {known} panel: the set has no known scale, leave it out")
     missing = tuple(name for name in VIEW_NAMES if name not in asked.given)
-    sets = [put_together(asked.photos, panels, missing, size)[0], put_together(None, panels, VIEW_NAMES, size)[0]]
+    sets = [
+        put_together(asked.photos, panels, missing, size, proportions)[0],
+        put_together(None, panels, VIEW_NAMES, size)[0],
+    ]
     views = np.zeros((2, 4, size, size, 4), dtype=np.uint8)
     shown = np.zeros((2, 4), dtype=bool)
     for k, one in enumerate(sets):

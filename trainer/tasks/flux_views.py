@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,6 +61,7 @@ from trainer.sheet_data import (
 from trainer.task import Task
 from triptych.errors import TriptychError
 from triptych.flux.card import ViewsCard, default_card, field_problem, sigmas, write_card
+from triptych.models.proportions import FILE as PROPORTIONS
 
 __all__ = ["FluxViewsConfig", "FluxViewsTask", "TransformerSize", "grouped_velocity", "token_ids", "velocity_of"]
 
@@ -85,7 +87,9 @@ class TransformerSize:
 
 @dataclass(frozen=True)
 class FluxViewsConfig:
-    """cache: folders of `trainer sheets`. parts: a folder with vae/, text_encoder/ and tokenizer/ in diffusers' layout.
+    """cache: folders of `trainer sheets`. parts: a folder with vae/, text_encoder/ and tokenizer/ in diffusers' layout;
+    the network of the recipe proportions_tiny, if it is there, goes into the exported model.
+
     text_tokens: length that prompts are padded to. shift, logit_mean, logit_std: of the noise levels. words_share: of
     the samples, made from words alone, of objects that face the front of their source, which are few among all;
     drop_references is for the others. vocabulary: a JSON list of the words that a small text encoder knows, for the
@@ -428,6 +432,8 @@ class FluxViewsTask(Task):
             write_whole(model, folder, self.parts)
         else:
             self.parts.save(model, folder)
+            if (tells := Path(config.parts) / PROPORTIONS).is_file():
+                shutil.copyfile(tells, folder / PROPORTIONS)
         card = write_card(folder, card)
         base = Path(self.base.source).name if self.base and Path(self.base.source).exists() else ""
         write_views_card(folder, card, self.data.said, base or (self.base.source if self.base else ""))
@@ -435,7 +441,7 @@ class FluxViewsTask(Task):
     def _earlier(self) -> dict[str, Any]:
         """Where the parts come from, when they were trained here."""
         found = {}
-        for name in ("flux_vae", "flux_text"):
+        for name in ("flux_vae", "flux_text", "proportions"):
             file = Path(self.config.parts) / f"{name}.json"
             if self.config.parts and file.is_file():
                 said = json.loads(file.read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import TriptychError
+from ..models.proportions import Proportions, read_proportions
 from ..pipelines.memory import GIB, StageMemory, _Meter, network_bytes
 from ..sampling.flow_euler import Cancelled
 from .card import LAYOUT, SAMPLER, ViewsCard, asked_like, default_card, how_to_ask, sigmas
@@ -44,8 +45,11 @@ _MAX_SEED = 2**64 - 1
 
 class FluxViews(ABC):
     """A loaded model. card: how to ask it. device, dtype, offload, quantisation: as they turned out.
-    warnings: sentences from loading. colours: `preview.latent_colours`, by which previews are made without the
+    warnings: sentences from loading. proportions: what tells the depth of given views, of a small model that has it.
+    colours: `preview.latent_colours`, by which previews are made without the
     decoder; None decodes them. pipeline: diffusers' own, None after `unload`."""
+
+    proportions: Proportions | None = None
 
     def __init__(
         self,
@@ -57,12 +61,14 @@ class FluxViews(ABC):
         quantisation: str = "none",
         warnings: tuple[str, ...] = (),
         colours: Tensor | None = None,
+        proportions: Proportions | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.card = card
         self.device = torch.device(device)
         self.dtype: torch.dtype = pipeline.transformer.dtype
         self.offload, self.quantisation, self.warnings = offload, quantisation, warnings
+        self.proportions = proportions
         self._colours = colours
         self._memory: dict[str, StageMemory] = {}
         self._texts: OrderedDict[str, Any] = OrderedDict()
@@ -284,12 +290,17 @@ def load_flux_views(
         _place(pipeline, chosen, used, card)
     model = _class_of(card.architecture)(
         pipeline, card, device=chosen, offload=used, quantisation=quantisation, warnings=(*said, *notes, *more),
-        colours=colours,
+        colours=colours, proportions=proportions_of(found),
     )  # fmt: skip
     weights = sum(network_bytes(network) for network in networks_of(pipeline).values())
     model._memory["load"] = StageMemory("load", meter.peak or weights, weights, "resident" if meter.peak else "weights")
     course.loaded(1.0)
     return model
+
+
+def proportions_of(place: ModelPlace) -> Proportions | None:
+    """The network of a model's folder that tells depths; None where there is none."""
+    return read_proportions(place.folder, () if place.card is None else tuple(place.card.files))
 
 
 class _Course:

@@ -137,7 +137,7 @@ def views_from_prompt(
     best = min(attempts, key=lambda attempt: len(attempt.complaints))  # the earliest of equals
     notes += _report(attempts, best)
     with clock.stage("fit", 0.95, 1.0):
-        view_set, left = put_together(given, best.panels, missing, settings.size)
+        view_set, left = put_together(given, best.panels, missing, settings.size, loaded.proportions)
     notes += left
     drawn = best.sheet.permute(1, 2, 0).contiguous().numpy()
     generated = tuple(name for name in missing if name in view_set.names)
