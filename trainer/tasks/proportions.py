@@ -2,6 +2,11 @@
 
 Every prepared view is a picture, under a random light and as a photograph is framed; the width of the view beside it is
 the answer. What has an empty view beside it is as thin as a pixel; empty views themselves are left out.
+
+The views of an object have one scale, at which its largest side fills the frame. So a view of something deep is small,
+and enlarged to a photograph's framing it is blurred: a network learns to read the blur, which explains 60 % of the
+variance on prepared objects and 23 % on sharp pictures. Hence pictures are reduced to ``sizes`` pixels, at which most
+are equally sharp.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data import JoinedData, PreparedData, held_out_data, relight, symmetric_sample
+from trainer.data import JoinedData, held_out_data, relight, symmetric_sample
 from trainer.prepare.sheets import references
 from trainer.task import Task
 from triptych.errors import TriptychError
@@ -25,10 +30,12 @@ from triptych.models.proportions import MOST, Proportions, laplace_loss, write_p
 
 @dataclass(frozen=True)
 class ProportionsConfig:
-    """data: prepared folders, the first one's validation objects are held out. width: channels of the first layer.
+    """data: prepared folders, the first one's validation objects are held out. sizes: sides in pixels that pictures are
+    reduced to, one of them each; the network's own is the last. width: channels of the first layer.
     lean: of the references, see `trainer.prepare.sheets.references`."""
 
     data: tuple[str, ...]
+    sizes: tuple[int, ...] = (16, 20, 24)
     width: int = 32
     blocks: int = 3
     dropout: float = 0.3
@@ -58,6 +65,13 @@ def halved(albedo: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return small[..., :4], small[..., 4:]
 
 
+def reduced(pictures: Tensor, size: int, shown: int) -> Tensor:
+    """(B, 4, S, S) straight alpha, as sharp as ``size`` pixels show it, in ``shown`` of them."""
+    solid = torch.cat([pictures[:, :3] * pictures[:, 3:], pictures[:, 3:]], dim=1)
+    small = F.interpolate(F.interpolate(solid, size=size, mode="area"), size=shown, mode="bilinear")
+    return torch.cat([(small[:, :3] / small[:, 3:].clamp_min(1e-4)).clamp(0, 1), small[:, 3:]], dim=1)
+
+
 class ProportionsTask(Task):
     config: ProportionsConfig
 
@@ -65,9 +79,7 @@ class ProportionsTask(Task):
         self.config = config
 
     def build_model(self) -> torch.nn.Module:
-        data = PreparedData(self.config.data[0])
-        size = int(data.options["view_size"]) // 2
-        return Proportions(size, self.config.width, self.config.blocks, self.config.dropout)
+        return Proportions(self.config.sizes[-1], self.config.width, self.config.blocks, self.config.dropout)
 
     def setup(self, device: torch.device) -> None:
         self.device = device
@@ -91,7 +103,9 @@ class ProportionsTask(Task):
         chosen = [int(i) for i in np.resize(known, 4)]
         lit = relight(*halved(sample["albedo"], sample["normal"]), generator, chosen)
         framed = [references(view[None], generator, lean=self.config.lean) for view in lit]
-        return {"pictures": torch.cat(framed), "depths": torch.from_numpy(depths[chosen])}
+        sizes = generator.choice(self.config.sizes, len(framed))
+        small = [reduced(view, int(size), self.config.sizes[-1]) for view, size in zip(framed, sizes, strict=True)]
+        return {"pictures": torch.cat(small), "depths": torch.from_numpy(depths[chosen])}
 
     def loss(self, model: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Any]]:
         true = batch["depths"].flatten()

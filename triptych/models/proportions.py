@@ -43,13 +43,14 @@ class Proportions(nn.Module):
     and that of the error to expect (mean absolute deviation).
 
     Pictures are sRGB 0-1, straight alpha, each object in the middle with its largest extent filling FRAME_FILL of the
-    frame. A picture and its mirror image have the same answer in `forward` once the network is in eval mode.
+    frame. They are small on purpose: prepared views have one scale, so what is deep was drawn small, and in larger
+    pictures its blur would tell. A picture and its mirror image have the same answer once the network is in eval mode.
     """
 
-    def __init__(self, size: int = 64, width: int = 32, blocks: int = 3, dropout: float = 0.3) -> None:
+    def __init__(self, size: int = 24, width: int = 32, blocks: int = 3, dropout: float = 0.3) -> None:
         super().__init__()
-        if size % (2 << blocks):
-            raise TriptychError(f"pictures of {size} px do not halve {blocks + 1} times: choose another size")
+        if size < 1 << blocks:
+            raise TriptychError(f"pictures of {size} px do not halve {blocks} times: choose a larger size")
         self.size, self.width, self.blocks, self.dropout = size, width, blocks, dropout
         channels = [width << i for i in range(blocks + 1)]
         self.stem = nn.Conv2d(4, width, 3, stride=2, padding=1)
