@@ -10,7 +10,16 @@ from scipy import ndimage
 
 from triptych.errors import TriptychError
 from triptych.flux.card import default_card
-from triptych.flux.panels import check_panel, check_views, cut_panel, cut_sheet, grouped, sheet_to_views
+from triptych.flux.panels import (
+    check_panel,
+    check_views,
+    cut_panel,
+    cut_sheet,
+    grouped,
+    key_share,
+    own_key_share,
+    sheet_to_views,
+)
 from triptych.geometry.cameras import VIEW_NAMES
 
 
@@ -154,19 +163,44 @@ def test_a_sheet_of_wrong_shape_or_with_undefined_values():
 
 
 def test_a_soft_sheet_gives_its_key_colour_back_inside_too():
+    """A model that is unsure of an object's left half mixes background into it."""
     key = np.array([1.0, 0.0, 1.0], dtype=np.float32)
     own = np.array([0.7, 0.5, 0.3], dtype=np.float32)
     cell = np.tile(key, (64, 64, 1))
-    cell[12:52, 12:52] = 0.75 * own + 0.25 * key
+    cell[12:52, 12:52] = own
+    cell[12:52, 12:24] = 0.6 * own + 0.4 * key
     sheet = np.tile(cell, (2, 2, 1)).transpose(2, 0, 1)
     plain, soft = (sheet_to_views(sheet, tuple(key), soft=is_soft)["back"] for is_soft in (False, True))
     assert np.array_equal(plain[..., 3], soft[..., 3])
-    assert np.abs(plain[24:40, 24:40, :3] - cell[24:40, 24:40]).max() < 1e-6
+    mixed, clean = (slice(20, 44), slice(16, 20)), (slice(20, 44), slice(32, 44))
+    assert np.abs(plain[mixed][..., :3] - cell[mixed]).max() < 1e-6
     # The share that is seen is the key's own less what the object's hue hides of it.
-    seen = 0.75 * 0.3 + 0.25 - 0.75 * 0.5
-    assert np.allclose(soft[24:40, 24:40, :3], (cell[24:40, 24:40] - seen * key) / (1 - seen), atol=1e-5)
+    seen = 0.6 * 0.3 + 0.4 - 0.6 * 0.5
+    assert np.allclose(soft[mixed][..., :3], (cell[mixed] - seen * key) / (1 - seen), atol=1e-5)
+    assert np.allclose(soft[clean][..., :3], own, atol=1e-5)
     white = sheet_to_views(np.ones((3, 128, 128), dtype=np.float32), (1.0, 1.0, 1.0), soft=True)
     assert set(white) == {"front", "left", "back", "right"}
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_what_has_half_of_the_keys_colour_stays_whole_and_keeps_it(soft):
+    """Purple on magenta, uneven as a small model draws it, with a blurred outline."""
+    generator = np.random.default_rng(0)
+    key, purple = np.array([1.0, 0.0, 1.0]), np.array([0.5, 0.03, 0.56])
+    alpha = np.zeros((128, 128))
+    alpha[24:104, 34:94] = 1
+    alpha = ndimage.gaussian_filter(alpha, 1.2)[..., None]
+    uneven = ndimage.gaussian_filter(generator.standard_normal((128, 128)), 6)[..., None]
+    body = purple + 0.1 * uneven / np.abs(uneven).max() * np.array([1.0, 0.0, 1.0])
+    cell = alpha * body + (1 - alpha) * key
+    assert (key_share(cell[40:90, 50:80], key) > 0.5).mean() > 0.1, "by an even measure these would be holes"
+    view = sheet_to_views(np.tile(cell, (2, 2, 1)).transpose(2, 0, 1), tuple(key), soft=soft)["left"]
+    assert (view[28:100, 38:90, 3] > 0.95).all() and (view[[16, 112], :, 3] == 0).all()
+    edge = np.flatnonzero(view[64, :, 3] > 0.5)[[0, -1]]
+    assert edge == pytest.approx([34, 93], abs=1)
+    assert np.abs(view[30:98, 40:88, :3] - body[30:98, 40:88]).mean() < 0.05
+    assert own_key_share([cell], key) == pytest.approx(0.46, abs=0.05)
+    assert own_key_share([np.tile(key, (64, 64, 1))], key) == 0, "nothing is there"
 
 
 def test_a_card_says_whether_a_sheet_is_soft():

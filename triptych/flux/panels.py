@@ -3,8 +3,9 @@
 The background's colour is known: the model was taught it. Where it is saturated (magenta), a pixel's share of
 background is how far its key channels stand above the others, the difference matte of Vlahos; a blurred edge of a small
 model is a mixture of object and key, so it gives a soft alpha by itself. The object may have a share of the key's hue
-of its own (purple), so that counts only near the outline, and against what the nearest inside has. White and other
-plain backgrounds go through `images.foreground`, which has to look for edges.
+of its own (purple), so that counts only near the outline, and against what the nearest inside has, and background
+begins half-way between the object's usual share and the key. White and other plain backgrounds go through
+`images.foreground`, which has to look for edges.
 
 Not covered: objects of the key's own colour, shadows, glass.
 """
@@ -32,7 +33,8 @@ BODY_SHARE = 0.15  # of the largest part; two such parts far apart are two bodie
 BODY_GAP = 0.06  # of the panel's side
 HEIGHT_DISAGREEMENT = 0.15
 _HEIGHT_NOISE = 0.04  # of the panel's side: what is flat may differ by this much
-_KEYED = 0.5  # share of the key above which a pixel is background
+_KEYED = 0.5  # share of the key above which a pixel is background, of an object that has none
+_OWN_QUANTILE, _OWN_MOST = 0.3, 0.6  # of an object's own share
 _UNKEYED = 0.1
 _HOLE_SHARE = 0.004  # of the silhouette; a look through the object is larger than that, and shows the pure key
 _PURE = 0.8
@@ -48,19 +50,19 @@ def sheet_to_views(
 
     sheet: (3, 2S, 2S) float 0-1 sRGB. background: the colour that the model paints around the object, sRGB 0-1. A panel
     without an object is transparent; one without background is opaque: `check_views` speaks of both. soft: of a small
-    model, which is unsure of outlines and so mixes a key colour into whole parts: it is taken out of them too, and
-    objects of the key's own hue turn grey. Raises TriptychError for another shape.
+    model, which is unsure of outlines and so mixes a key colour into whole parts: what exceeds the object's own share
+    of it is taken out of them too. Raises TriptychError for another shape.
     """
     pixels = np.asarray(sheet.detach().float().cpu() if isinstance(sheet, Tensor) else sheet, dtype=np.float32)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2] or pixels.shape[1] % 2:
         raise TriptychError(f"a view sheet must be (3, 2S, 2S), got shape {tuple(pixels.shape)}")
     rgb = np.clip(np.nan_to_num(pixels), 0, 1).transpose(1, 2, 0)
     cells = [cell for half in np.split(rgb, 2, axis=0) for cell in np.split(half, 2, axis=1)]
-    views = {name: cut_panel(cell, background) for name, cell in zip(VIEW_NAMES, cells, strict=True)}
     key = np.asarray(background, dtype=np.float32)
+    views = {name: cut_panel(cell, background) for name, cell in zip(VIEW_NAMES, cells, strict=True)}
     if soft and _is_saturated(key):
         for rgba in views.values():
-            rgba[..., :3] = _unmixed(rgba[..., :3], key)
+            rgba[..., :3] = _unmixed(rgba[..., :3], key, own_key_share(cells, key))
     return views
 
 
@@ -168,6 +170,19 @@ def key_share(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.minimum(excess / (key[high].min() - key[~high].max()), 1)
 
 
+def own_key_share(pictures: Sequence[np.ndarray], key: np.ndarray) -> float:
+    """How much of the key the object itself has, as seen in (H, W, 3) pictures of it on the key: 0 to _OWN_MOST. Purple
+    has half of magenta's."""
+    shares = []
+    for rgb in pictures:
+        share = key_share(rgb, key)
+        solid = share < (1 + _OWN_MOST) / 2
+        depth = ndimage.distance_transform_edt(np.pad(solid, 1, constant_values=True))[1:-1, 1:-1]
+        shares.append(share[depth > max(2.0, _EDGE_SHARE * len(rgb))])
+    inside = np.concatenate(shares)
+    return float(np.clip(np.quantile(inside, _OWN_QUANTILE), 0, _OWN_MOST)) if len(inside) else 0.0
+
+
 def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
     """The share of an object, (..., 4) straight alpha, that has the key's own colour and would be taken for background;
     0 for backgrounds that are no key."""
@@ -180,7 +195,7 @@ def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
 
 def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     share = key_share(rgb, key)
-    outside = _background_region(share)
+    outside = _background_region(share, (1 + own_key_share([rgb], key)) / 2)
     if outside.all():
         return np.zeros((*rgb.shape[:2], 4), dtype=np.float32)
     edge_px = max(2.0, _EDGE_SHARE * len(rgb))
@@ -188,7 +203,7 @@ def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     # What is deep inside shows the object's own colour; of thin parts, what is hardly keyed and least of all around.
     least = (share < _UNKEYED) & (share <= ndimage.minimum_filter(share, 5) + 0.02)
     rows, columns = _nearest(~outside & ((depth > edge_px) | least), share)
-    own_share, colour = np.minimum(share[rows, columns], _KEYED), rgb[rows, columns]
+    own_share, colour = np.minimum(share[rows, columns], _OWN_MOST), rgb[rows, columns]
 
     near = depth <= edge_px
     beyond = ndimage.distance_transform_edt(outside)
@@ -200,13 +215,14 @@ def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     return out.astype(np.float32)
 
 
-def _background_region(share: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the key around the object, and through it where a hole is large and pure; specks belong to it."""
-    labels, count = ndimage.label(np.pad(share > _KEYED, 1, constant_values=True))
+def _background_region(share: np.ndarray, keyed: float) -> np.ndarray:
+    """(H, W) bool: the key around the object, and through it where a hole is large and pure; specks belong to it.
+    keyed: the share from which a pixel is background."""
+    labels, count = ndimage.label(np.pad(share > keyed, 1, constant_values=True))
     outside = (labels == labels[0, 0])[1:-1, 1:-1]
     labels = labels[1:-1, 1:-1]
     index = np.arange(1, count + 1)
-    areas = ndimage.sum_labels(share > _KEYED, labels, index)
+    areas = ndimage.sum_labels(share > keyed, labels, index)
     purest = ndimage.maximum(share, labels, index)
     wide = areas >= max(4.0, _HOLE_SHARE * np.count_nonzero(~outside))
     holes = wide & (np.asarray(purest) >= _PURE)
@@ -227,10 +243,10 @@ def _nearest(mask: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return rows, columns
 
 
-def _unmixed(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) less the share of the key in them, up to the share at which a pixel is background."""
-    share = np.clip(key_share(rgb, key), 0, _KEYED)[..., None]
-    return np.clip((rgb - share * key) / (1 - share), 0, 1)
+def _unmixed(rgb: np.ndarray, key: np.ndarray, own: float) -> np.ndarray:
+    """Colours (..., 3) less the key that is mixed into them, up to half: what exceeds the object's own share."""
+    mixed = np.clip((key_share(rgb, key) - own) / (1 - own), 0, _KEYED)[..., None]
+    return np.clip((rgb - mixed * key) / (1 - mixed), 0, 1)
 
 
 def _despill(
