@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..triptych.flux.card import ViewsCard
+    from ..triptych.models.proportions import Proportions
 
 CARD_ATTRIBUTE = "triptych_card"  # on the VAE: how the model wants to be asked
+PROPORTIONS_ATTRIBUTE = "triptych_proportions"  # on the VAE: the network that tells depths, if the model has it
 HEAD = 128  # channels of an attention head, which ComfyUI fixes for FLUX.2 and for Qwen3
 TEXT_TOKENS = 512  # ComfyUI puts zeros before a shorter text, which diffusers does not
 LAYERS = [9, 18, 27]  # of the text encoder, whose states klein reads
@@ -32,6 +34,7 @@ def load_small_klein(folder: Path) -> tuple[Any, Any, Any]:
     Files are checked against the card's hashes. Raises TriptychError for other architectures and too old a ComfyUI.
     """
     from ..triptych.flux.card import default_card, read_card, verify_files
+    from ..triptych.models.proportions import read_proportions
 
     index = _config(folder / "model_index.json")
     if index.get("_class_name") != "Flux2KleinPipeline":
@@ -49,6 +52,7 @@ def load_small_klein(folder: Path) -> tuple[Any, Any, Any]:
         )
     vae = load_vae(folder / "vae")
     setattr(vae, CARD_ATTRIBUTE, card)
+    setattr(vae, PROPORTIONS_ATTRIBUTE, read_proportions(folder, tuple(card.files)))
     return load_model(folder), load_clip(folder, card.max_sequence_length), vae
 
 
@@ -66,6 +70,11 @@ def card_of(vae: Any) -> ViewsCard:
             "that belongs to the Flux model"
         )
     return default_card(architecture)
+
+
+def proportions_of(vae: Any) -> Proportions | None:
+    """What tells depths, of the model that a VAE belongs to; None where it has nothing of the kind."""
+    return getattr(vae, PROPORTIONS_ATTRIBUTE, None)
 
 
 def load_model(folder: Path) -> Any:

@@ -16,7 +16,7 @@ from comfy_api.latest import io, ui
 
 from ..triptych.errors import TriptychError
 from .flux import flattened, model_folder, model_names, state
-from .flux_models import card_of, load_small_klein
+from .flux_models import card_of, load_small_klein, proportions_of
 from .pictures import images, over, picture
 from .schema import ADVANCED, ViewsSocket, schema
 from .view_inputs import NAMES, connected_sides, foreground_inputs, mask_inputs, missing_side_inputs, side_outputs
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..triptych.flux.card import ViewsCard
     from ..triptych.images.views import ViewSet
+    from ..triptych.models.proportions import Proportions
 
 PlanSocket = io.Custom("TRIPTYCH_FLUX_PLAN")
 MODELS_OWN = "the model's"
@@ -41,12 +42,13 @@ DEFAULT_SIZE = 512
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What splitting needs to know: the card as used, the given views (None without), the size of a finished view in
-    pixels, and warnings so far."""
+    pixels, warnings so far, and what tells the widths of drawn sides (None leaves them as drawn)."""
 
     card: ViewsCard
     given: ViewSet | None
     size: int
     warnings: tuple[str, ...]
+    proportions: Proportions | None = None
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -171,7 +173,8 @@ class FluxPrepare(io.ComfyNode):
         words, said = check_prompt(prompt, card, given is not None)
         text = fill_template(card, words, sources)
         references, notes = reference_pictures(given, card)
-        plan = Plan(card, given, size, (*(given.warnings if given is not None else ()), *said, *notes))
+        warnings = (*(given.warnings if given is not None else ()), *said, *notes)
+        plan = Plan(card, given, size, warnings, proportions_of(vae))
         steps, guidance = card.usual(given is not None)
         positive, unwanted = conditionings(clip, vae, text, negative, references, card)
         report = "\n".join([text, *plan.warnings])
@@ -405,7 +408,8 @@ def put_together(
     card = plan.card if plan else default_card("flux2-klein")
     panels = cut_sheet(picture(sheet, "the sheet")[..., :3].transpose(2, 0, 1), replace(card, background=colour))
     complaints = check_views(panels, missing)
-    views, notes = one_set(given, panels, missing, size or (plan.size if plan else DEFAULT_SIZE))
+    wanted = size or (plan.size if plan else DEFAULT_SIZE)
+    views, notes = one_set(given, panels, missing, wanted, plan.proportions if plan else None)
     if complaints:
         complaints = [
             f"the drawn views are faulty: {'; '.join(grouped(complaints))}: try another seed or another prompt"

@@ -192,6 +192,32 @@ def test_a_given_picture_stays_and_guides(flux, comfy, output_of, painted, sides
     assert info.startswith("painter drew left, back, right\n")
 
 
+def test_the_native_route_brings_sides_to_the_width_that_the_model_expects(flux, painted, sides):
+    """What the loader puts on the VAE goes through the plan to where the sheet is split."""
+    from triptych_pack.nodes import flux_models, flux_native
+    from triptych_pack.triptych.flux.card import default_card
+    from triptych_pack.triptych.images.views import prepare_views
+
+    class Network:
+        size = 24
+
+        def __call__(self, pictures):
+            return torch.tensor([[np.log(0.2), 0.0]]).expand(len(pictures), 2)
+
+    vae = SimpleNamespace(latent_channels=128)
+    assert flux_models.proportions_of(vae) is None, "of ComfyUI's own loaders"
+    setattr(vae, flux_models.PROPORTIONS_ATTRIBUTE, Network())
+    given = prepare_views({"front": sides["front"]}, size=128)
+    sheet, widths = painted.permute(1, 2, 0)[None], []
+    for network in (None, flux_models.proportions_of(vae)):
+        plan = flux_native.Plan(default_card("flux2-klein"), given, 128, (), network)
+        views, _ = flux_native.put_together(sheet, plan, MAGENTA, 128)
+        columns = np.flatnonzero((views.pictures["left"][..., 3] > 0.5).any(axis=0))
+        rows = np.flatnonzero((views.pictures["front"][..., 3] > 0.5).any(axis=1))
+        widths.append((columns[-1] - columns[0] + 1) / (rows[-1] - rows[0] + 1))
+    assert widths[0] > 0.3 and widths[1] == pytest.approx(0.2, abs=0.03)
+
+
 def test_a_bad_sheet_is_drawn_again_and_said(flux, comfy, output_of, painted):
     model = Painter(painted, after=1)
     (*_, info), shown = drawn(flux, model)
