@@ -7,13 +7,17 @@ hardly a part in its loss. A residual network that is asked for nothing else lea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import TriptychError
+from ..geometry.files import write_files
 
 FILE = "proportions.safetensors"
 MOST = 3.0  # of the logarithm: thinner than a twentieth of the visible extent is as thin
@@ -82,10 +86,6 @@ def read_proportions(folder: Path, listed: Sequence[str]) -> Proportions | None:
 
     Raises TriptychError for a file of another network.
     """
-    import json
-
-    from safetensors import safe_open
-
     if FILE not in listed:
         return None
     path = folder / FILE
@@ -100,12 +100,6 @@ def read_proportions(folder: Path, listed: Sequence[str]) -> Proportions | None:
 
 def write_proportions(network: Proportions, folder: Path) -> None:
     """The file that `read_proportions` reads, float16."""
-    import json
-
-    from safetensors.torch import save
-
-    from ..geometry.files import write_files
-
     halves = {
         key: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu()
         for key, value in network.state_dict().items()
