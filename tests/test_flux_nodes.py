@@ -123,7 +123,7 @@ class Painter:
         )
         self.painting, self.after, self.pause_s, self.calls = sheet, after, pause_s, []
         self.warnings: tuple[str, ...] = ()
-        self.pipeline = SimpleNamespace()
+        self.pipeline, self.proportions = SimpleNamespace(), None
 
     def notes(self, *, guidance, references):
         return (f"painter ignores the guidance {guidance:g}",) if guidance else ()

@@ -345,6 +345,8 @@ def test_an_object_in_the_colour_of_the_models_background_is_told():
     assert re.match("the front view: (19|20|21)% of the object has nearly the colour of the model's background", told)
     white = FakeViews(card(background=WHITE))
     assert views_from_prompt(images={"front": picture}, model=white).warnings == ()
+    ImageDraw.Draw(picture).rectangle((60, 40, 140, 160), fill="purple")  # has half of the key's colour, and is kept
+    assert views_from_prompt(images={"front": picture}, model=FakeViews()).warnings == ()
 
 
 def test_what_the_model_says_about_its_loading_and_settings_reaches_the_user():

@@ -33,7 +33,7 @@ BODY_SHARE = 0.15  # of the largest part; two such parts far apart are two bodie
 BODY_GAP = 0.06  # of the panel's side
 HEIGHT_DISAGREEMENT = 0.15
 _HEIGHT_NOISE = 0.04  # of the panel's side: what is flat may differ by this much
-_KEYED = 0.5  # share of the key above which a pixel is background, of an object that has none
+_MIXED_MOST = 0.5  # the most that is taken out of a colour
 _OWN_QUANTILE, _OWN_MOST = 0.3, 0.6  # of an object's own share
 _UNKEYED = 0.1
 _HOLE_SHARE = 0.004  # of the silhouette; a look through the object is larger than that, and shows the pure key
@@ -179,8 +179,13 @@ def own_key_share(pictures: Sequence[np.ndarray], key: np.ndarray) -> float:
         solid = share < (1 + _OWN_MOST) / 2
         depth = ndimage.distance_transform_edt(np.pad(solid, 1, constant_values=True))[1:-1, 1:-1]
         shares.append(share[depth > max(2.0, _EDGE_SHARE * len(rgb))])
-    inside = np.concatenate(shares)
-    return float(np.clip(np.quantile(inside, _OWN_QUANTILE), 0, _OWN_MOST)) if len(inside) else 0.0
+    return _usual_share(np.concatenate(shares))
+
+
+def _usual_share(shares: np.ndarray) -> float:
+    """Of an object's pixels (N,), those left out that cannot be told from the key; 0 to _OWN_MOST."""
+    own = shares[shares < (1 + _OWN_MOST) / 2]
+    return float(np.clip(np.quantile(own, _OWN_QUANTILE), 0, _OWN_MOST)) if len(own) else 0.0
 
 
 def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
@@ -190,7 +195,8 @@ def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
     solid = rgba[..., 3] > 0.9
     if not _is_saturated(key) or not solid.any():
         return 0.0
-    return float((key_share(rgba[..., :3][solid], key) > _KEYED).mean())
+    shares = key_share(rgba[..., :3][solid], key)
+    return float((shares > (1 + _usual_share(shares)) / 2).mean())
 
 
 def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -245,7 +251,7 @@ def _nearest(mask: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _unmixed(rgb: np.ndarray, key: np.ndarray, own: float) -> np.ndarray:
     """Colours (..., 3) less the key that is mixed into them, up to half: what exceeds the object's own share."""
-    mixed = np.clip((key_share(rgb, key) - own) / (1 - own), 0, _KEYED)[..., None]
+    mixed = np.clip((key_share(rgb, key) - own) / (1 - own), 0, _MIXED_MOST)[..., None]
     return np.clip((rgb - mixed * key) / (1 - mixed), 0, 1)
 
 
