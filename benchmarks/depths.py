@@ -10,27 +10,25 @@ left and right), what the model's own network expects (`models.proportions`), an
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.machine import describe
-from trainer.views_evaluation import generated_panels
-from trainer.views_truth import load_protocol, lone, true_object
+from benchmarks.quality import data_folder
+from trainer.views_evaluation import framed_photo, generated_panels
+from trainer.views_truth import load_protocol, true_object
 from triptych.flux.backend import load_flux_views
 from triptych.flux.panels import is_empty
 from triptych.images.foreground import alpha_box
-from triptych.images.views import prepare_views
 from triptych.pipelines.drawn_views import expected_widths
-
-ROOT = Path(__file__).resolve().parent.parent
+from triptych.pipelines.views import ViewSettings
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="triptych-tiny")
-    parser.add_argument("--data", type=Path, default=os.environ.get("TRIPTYCH_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--data", type=Path, default=data_folder())
     parser.add_argument("--objects", type=int, default=None)
     args = parser.parse_args()
     protocol, model = load_protocol(), load_flux_views(args.model)
@@ -45,10 +43,10 @@ def main() -> int:
         true.append(_log_ratio(item.truth[1], item.truth[0]))
         drawn = [_log_ratio(panels[side], panels["front"]) for side in ("left", "right")]
         told["sides as drawn"].append(float(np.mean(drawn)))
-        given = prepare_views({"front": lone(item.photo)}, size=256, foreground="alpha").pictures
-        width = expected_widths(given, model.proportions).get("left")
+        photo = framed_photo(item, ViewSettings().size)
+        width = expected_widths({"front": photo}, model.proportions).get("left")
         if width is not None:
-            told["the network"].append(float(np.log(width / max(_sides(given["front"])))))
+            told["the network"].append(float(np.log(width / max(_sides(photo)))))
     print(f"{describe()}\n\n{len(true)} objects\n")
     print("| depth told by | root mean square error | mean absolute error | correlation |\n|---|---|---|---|")
     truth = np.array(true)

@@ -52,7 +52,7 @@ def load_small_klein(folder: Path) -> tuple[Any, Any, Any]:
         )
     vae = load_vae(folder / "vae")
     setattr(vae, CARD_ATTRIBUTE, card)
-    setattr(vae, PROPORTIONS_ATTRIBUTE, read_proportions(folder, tuple(card.files)))
+    setattr(vae, PROPORTIONS_ATTRIBUTE, read_proportions(folder, card.files))
     return load_model(folder), load_clip(folder, card.max_sequence_length), vae
 
 

@@ -56,6 +56,7 @@ class FakeViews(FluxViews):
     """faults: seed -> [(view name, function of its (S, S, 4) picture)]. calls: what `sheet` was asked for."""
 
     pipeline = None
+    proportions = None
     warnings = ()
 
     def __init__(self, views_card: ViewsCard | None = None, faults=None):

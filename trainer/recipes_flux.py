@@ -55,7 +55,7 @@ def flux_text_tiny() -> TrainConfig:
 
 
 def proportions_tiny() -> TrainConfig:
-    """The network that tells a depth from one picture: about half an hour on two CPU cores."""
+    """The network that tells a depth from one picture: about a quarter of an hour on two CPU cores."""
     from trainer.tasks.proportions import ProportionsConfig
 
     return TrainConfig(

@@ -163,11 +163,10 @@ def score_object(
     size = protocol.panel_px
     truth = named(item.truth)
     photo = resize_premultiplied(item.photo, size, size)
+    drawn = {name: resized(panel, size) for name, panel in panels.items()}
     methods: dict[str, Panels] = {
-        "model": {name: resized(panel, size) for name, panel in panels.items()},
-        "model, fitted": fitted(
-            photo, {name: resized(panel, size) for name, panel in panels.items()}, model.proportions
-        ),
+        "model": drawn,
+        "model, fitted": fitted(photo, drawn, model.proportions),
         "photo copied": copied(photo),
         "photo copied, size unknown": copied(resized(framed_photo(item, model.card.panel_size), size)),
         "front copied": copied(truth["front"]),
@@ -216,26 +215,20 @@ def resized(panel: np.ndarray, size: int) -> np.ndarray:
 
 def fitted(photo: np.ndarray, panels: Panels, proportions: Proportions | None = None) -> Panels:
     """The compared panels as the pipeline leaves them where the front is given, at the photograph's true size."""
-    from triptych.pipelines.drawn_views import expected_widths, in_known_colours, in_mirrored_outline, sheet_frame
+    from triptych.pipelines.drawn_views import in_expected_widths, in_known_colours, in_mirrored_outline, sheet_frame
 
     moved, known = in_known_colours(panels, {"front": photo}), {"front": photo}
     told = sheet_frame(moved, known)
-    widths = expected_widths(known, proportions)
-    views = {name: _placed(moved[name], photo, told, widths.get(name)) for name in COMPARED}
+    if told is not None:
+        moved = in_expected_widths(moved, known, told[0], proportions)
+    views = {name: _placed(moved[name], photo, told) for name in COMPARED}
     return views | {"back": in_mirrored_outline(views["back"], photo)}
 
 
-def _placed(
-    panel: np.ndarray, photo: np.ndarray, told: tuple[float, float] | None, width: float | None = None
-) -> np.ndarray:
-    """A panel (S, S, 4) at the photograph's scale, by what the sheet tells, else at its height; empty ones stay.
-    width: that it has to have there, in pixels."""
-    from triptych.pipelines.drawn_views import at_width
-
+def _placed(panel: np.ndarray, photo: np.ndarray, told: tuple[float, float] | None) -> np.ndarray:
+    """A panel (S, S, 4) at the photograph's scale, by what the sheet tells, else at its height; empty ones stay."""
     if not silhouette(panel).any():
         return panel
-    if told is not None and width is not None:
-        panel = at_width(panel, width / told[0])
     left, top, right, bottom = alpha_box(panel[..., 3])
     _, true_top, _, true_bottom = alpha_box(photo[..., 3])
     scale, middle = told or ((true_bottom - true_top) / (bottom - top), (top + bottom) / 2)

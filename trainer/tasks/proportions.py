@@ -115,8 +115,9 @@ class ProportionsTask(Task):
     def validate(self, model: Any) -> dict[str, float]:
         """loss; error: mean absolute one of the logarithm; constant: that of the best constant; explained: the share of
         the variance that is."""
-        places = np.linspace(0, len(self.held_out) - 1, min(self.config.validation_objects, len(self.held_out)))
-        items = [self._pictures(self.held_out[int(i)], np.random.default_rng(int(i))) for i in places]
+        count = min(self.config.validation_objects, len(self.held_out))
+        places = np.linspace(0, len(self.held_out) - 1, count).astype(int)
+        items = [self._pictures(self.held_out[int(i)], np.random.default_rng(i)) for i in places]
         true = torch.cat([item["depths"] for item in items])
         answers = torch.cat([model(item["pictures"].to(self.device)).cpu() for item in items])
         error = answers[:, 0] - true

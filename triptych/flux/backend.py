@@ -49,8 +49,6 @@ class FluxViews(ABC):
     colours: `preview.latent_colours`, by which previews are made without the
     decoder; None decodes them. pipeline: diffusers' own, None after `unload`."""
 
-    proportions: Proportions | None = None
-
     def __init__(
         self,
         pipeline: Any,
@@ -300,7 +298,7 @@ def load_flux_views(
 
 def proportions_of(place: ModelPlace) -> Proportions | None:
     """The network of a model's folder that tells depths; None where there is none."""
-    return read_proportions(place.folder, () if place.card is None else tuple(place.card.files))
+    return read_proportions(place.folder, () if place.card is None else place.card.files)
 
 
 class _Course:

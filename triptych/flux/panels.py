@@ -58,11 +58,12 @@ def sheet_to_views(
         raise TriptychError(f"a view sheet must be (3, 2S, 2S), got shape {tuple(pixels.shape)}")
     rgb = np.clip(np.nan_to_num(pixels), 0, 1).transpose(1, 2, 0)
     cells = [cell for half in np.split(rgb, 2, axis=0) for cell in np.split(half, 2, axis=1)]
-    key = np.asarray(background, dtype=np.float32)
     views = {name: cut_panel(cell, background) for name, cell in zip(VIEW_NAMES, cells, strict=True)}
+    key = np.asarray(background, dtype=np.float32)
     if soft and _is_saturated(key):
+        own = own_key_share(cells, key)
         for rgba in views.values():
-            rgba[..., :3] = _unmixed(rgba[..., :3], key, own_key_share(cells, key))
+            rgba[..., :3] = _unmixed(rgba[..., :3], key, own)
     return views
 
 
@@ -173,18 +174,17 @@ def key_share(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
 def own_key_share(pictures: Sequence[np.ndarray], key: np.ndarray) -> float:
     """How much of the key the object itself has, as seen in (H, W, 3) pictures of it on the key: 0 to _OWN_MOST. Purple
     has half of magenta's."""
-    shares = []
-    for rgb in pictures:
-        share = key_share(rgb, key)
-        solid = share < (1 + _OWN_MOST) / 2
-        depth = ndimage.distance_transform_edt(np.pad(solid, 1, constant_values=True))[1:-1, 1:-1]
-        shares.append(share[depth > max(2.0, _EDGE_SHARE * len(rgb))])
-    return _usual_share(np.concatenate(shares))
+    return _usual_share(np.concatenate([_deep_shares(key_share(rgb, key)) for rgb in pictures]))
+
+
+def _deep_shares(share: np.ndarray) -> np.ndarray:
+    """Of a picture's shares (H, W) those inside of the object, away from its blurred edge: (N,)."""
+    return share[_depth_px(share < _boundary(_OWN_MOST)) > _edge_px(len(share))]
 
 
 def _usual_share(shares: np.ndarray) -> float:
     """Of an object's pixels (N,), those left out that cannot be told from the key; 0 to _OWN_MOST."""
-    own = shares[shares < (1 + _OWN_MOST) / 2]
+    own = shares[shares < _boundary(_OWN_MOST)]
     return float(np.clip(np.quantile(own, _OWN_QUANTILE), 0, _OWN_MOST)) if len(own) else 0.0
 
 
@@ -196,16 +196,29 @@ def lost_in_key(rgba: np.ndarray, background: Sequence[float]) -> float:
     if not _is_saturated(key) or not solid.any():
         return 0.0
     shares = key_share(rgba[..., :3][solid], key)
-    return float((shares > (1 + _usual_share(shares)) / 2).mean())
+    return float((shares > _boundary(_usual_share(shares))).mean())
+
+
+def _boundary(own: float) -> float:
+    """The share from which a pixel is background: half-way from the object's own to the key."""
+    return (1 + own) / 2
+
+
+def _edge_px(side: int) -> float:
+    return max(2.0, _EDGE_SHARE * side)
+
+
+def _depth_px(region: np.ndarray) -> np.ndarray:
+    """How far the pixels of a region (H, W) lie inside of it; it goes on beyond the picture's border."""
+    return np.asarray(ndimage.distance_transform_edt(np.pad(region, 1, constant_values=True)))[1:-1, 1:-1]
 
 
 def _cut_key(rgb: np.ndarray, key: np.ndarray) -> np.ndarray:
     share = key_share(rgb, key)
-    outside = _background_region(share, (1 + own_key_share([rgb], key)) / 2)
+    outside = _background_region(share, _boundary(_usual_share(_deep_shares(share))))
     if outside.all():
         return np.zeros((*rgb.shape[:2], 4), dtype=np.float32)
-    edge_px = max(2.0, _EDGE_SHARE * len(rgb))
-    depth = ndimage.distance_transform_edt(np.pad(~outside, 1, constant_values=True))[1:-1, 1:-1]
+    edge_px, depth = _edge_px(len(rgb)), _depth_px(~outside)
     # What is deep inside shows the object's own colour; of thin parts, what is hardly keyed and least of all around.
     least = (share < _UNKEYED) & (share <= ndimage.minimum_filter(share, 5) + 0.02)
     rows, columns = _nearest(~outside & ((depth > edge_px) | least), share)

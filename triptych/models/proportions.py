@@ -8,11 +8,11 @@ hardly a part in its loss. A residual network that is asked for nothing else lea
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ def laplace_loss(answers: Tensor, true: Tensor) -> Tensor:
     return ((mean - true).abs() * torch.exp(-spread) + spread).mean()
 
 
-def read_proportions(folder: Path, listed: Sequence[str]) -> Proportions | None:
+def read_proportions(folder: Path, listed: Container[str]) -> Proportions | None:
     """The network of a views model's folder, in eval mode on the CPU; None where its card lists none.
 
     Raises TriptychError for a file of another network.
@@ -93,15 +93,13 @@ def read_proportions(folder: Path, listed: Sequence[str]) -> Proportions | None:
         with safe_open(str(path), "pt") as file:
             network = Proportions(**json.loads(file.metadata()["config"]))
             network.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
-    except Exception as error:  # safetensors, JSON and torch each raise their own
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TriptychError(f"{path} is damaged or of another version ({error}): fetch the model again") from error
     return network.eval()
 
 
 def write_proportions(network: Proportions, folder: Path) -> None:
     """The file that `read_proportions` reads, float16."""
-    halves = {
-        key: value.detach().cpu().half() if value.is_floating_point() else value.detach().cpu()
-        for key, value in network.state_dict().items()
-    }
+    state = network.state_dict().items()
+    halves = {key: (value.half() if value.is_floating_point() else value).cpu() for key, value in state}
     write_files(folder, {FILE: save(halves, {"config": json.dumps(network.config())})})

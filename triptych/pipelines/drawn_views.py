@@ -58,12 +58,8 @@ def put_together(
     told = sheet_frame(panels, known)
     if told is not None:
         odd = [name for name in drawn if _opposite(name) not in known and contradicts(name, panels, known)]
-        widths = expected_widths(known, proportions)
-        drawn = {
-            name: at_width(panel, widths[name] / told[0]) if name in widths else panel
-            for name, panel in drawn.items()
-            if name not in odd
-        }
+        drawn = {name: panel for name, panel in drawn.items() if name not in odd}
+        drawn = in_expected_widths(drawn, known, told[0], proportions)
         notes += _left_out(odd, "lay at other heights than the given views")
     if not (known or drawn):
         raise TriptychError("the model drew nothing in any panel: try another seed, more steps or another prompt")
@@ -75,6 +71,18 @@ def put_together(
         view_set = _in_one_frame(known, drawn, told, size)
     view_set = replace(view_set, generated=tuple(map(azimuth_of, drawn)))
     return _in_known_outlines(view_set), notes
+
+
+def in_expected_widths(
+    panels: Pictures, known: Pictures, unit: float, proportions: Proportions | None
+) -> dict[str, np.ndarray]:
+    """Panels, of which those beside the given views are drawn out to the widths that are expected; empty ones stay.
+    unit: pixels of the given pictures to a panel's pixel, see `sheet_frame`."""
+    widths = expected_widths(known, proportions)
+    return {
+        name: at_width(panel, widths[name] / unit) if name in widths and (panel[..., 3] > 0.5).any() else panel
+        for name, panel in panels.items()
+    }
 
 
 def expected_widths(known: Pictures, proportions: Proportions | None) -> dict[str, float]:
